@@ -1,0 +1,196 @@
+"""Every default of the package, once, with its meaning and its range.
+
+ROS parameters, the command line's ``--set`` and the tables in docs/ are generated from these dataclasses. A parameter's
+name is ``group.field``. Values are checked when a Config is built and never repaired afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+def param(
+    default: Any,
+    doc: str,
+    *,
+    ge: float | None = None,
+    le: float | None = None,
+    choices: tuple[str, ...] = (),
+    dynamic: bool = False,
+) -> Any:
+    """A field with its description, its closed range or its choices, and whether it may change while running."""
+    metadata = {"doc": doc, "ge": ge, "le": le, "choices": choices, "dynamic": dynamic}
+    return field(default=default, metadata=types.MappingProxyType(metadata))
+
+
+class _Group:
+    """A validated, frozen group of parameters; ``_name`` is the prefix in messages and ROS parameter names."""
+
+    _name: typing.ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):  # type: ignore[arg-type]
+            check_value(f"{self._name}.{f.name}", f, getattr(self, f.name))
+
+
+def check_value(name: str, f: dataclasses.Field[Any], value: Any) -> None:
+    """Raise ValueError naming the parameter, the allowed range and the value given."""
+    expected = type(f.default)
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not expected:
+        raise ValueError(f"{name} must be of type {expected.__name__}, got {value!r} ({type(value).__name__})")
+    ge, le, choices = f.metadata["ge"], f.metadata["le"], f.metadata["choices"]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    if ge is not None and value < ge:
+        raise ValueError(f"{name} must be >= {ge:g}, got {value}")
+    if le is not None and value > le:
+        raise ValueError(f"{name} must be <= {le:g}, got {value}")
+    if choices and value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(repr(c) for c in choices)}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Group):
+    _name = "model"
+    name: str = param("nano", "backbone: `spark3r models` lists the names")
+    checkpoint: str = param("", "weights file; empty: the model's own place in the cache, or the embedded nano")
+    device: str = param("auto", "auto takes CUDA when there is one", choices=("auto", "cpu", "cuda"))
+    accept_licence: bool = param(False, "you have read and accept the licence of non-commercial weights")
+
+
+@dataclass(frozen=True)
+class WindowConfig(_Group):
+    _name = "window"
+    size: int = param(8, "keyframes solved together", ge=2, le=1000)
+    overlap: int = param(3, "keyframes of the previous window that are solved again", ge=1, le=100)
+    keyframe_flow: float = param(
+        0.06, "a frame is a keyframe when the median flow since the last one exceeds this share of the image width",
+        ge=0.0, le=1.0, dynamic=True,
+    )  # fmt: skip
+    static_flow: float = param(
+        0.004, "below this share of the image width the camera stands still: never a keyframe",
+        ge=0.0, le=1.0, dynamic=True,
+    )  # fmt: skip
+    max_keyframe_interval: float = param(
+        2.0, "seconds after which a moving camera's frame becomes a keyframe whatever its flow",
+        ge=0.0, le=3600.0, dynamic=True,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.overlap >= self.size:
+            raise ValueError(f"window.overlap must be < window.size ({self.size}), got {self.overlap}")
+
+
+@dataclass(frozen=True)
+class ContextConfig(_Group):
+    _name = "context"
+    enabled: bool = param(True, "later windows attend to the keys and values of earlier ones")
+    budget_mb: float = param(256.0, "hard limit of the context's memory in MiB", ge=1.0, le=1e6)
+
+
+@dataclass(frozen=True)
+class ReductionConfig(_Group):
+    _name = "reduction"
+    enabled: bool = param(True, "Spark3R token reduction in global attention; off: dense")
+    query_factor: int = param(0, "frames per query destination frame; 0: by the length schedule", ge=0, le=1024)
+    kv_factor: int = param(0, "base factor of key-value pruning; 0: by the length schedule", ge=0, le=1024)
+    insensitive_multiplier: int = param(3, "layers outside the sensitive set prune this much harder", ge=1, le=1024)
+    group_size: int = param(20, "consecutive frames inside which queries merge", ge=2, le=100000)
+    matching: str = param("input", "what source and destination tokens are compared on", choices=("input", "q", "k"))
+    kv_selection: str = param("stride", "which frames keep their keys", choices=("stride", "coverage"))
+    keep_special_kv: bool = param(False, "keep special tokens of dropped frames, with a logit bias that is exact")
+    factor_file: str = param("", "JSON written by `spark3r probe`; empty: the model's shipped or published set")
+
+
+@dataclass(frozen=True)
+class AlignmentConfig(_Group):
+    _name = "alignment"
+    scale_prior_sigma: float = param(0.03, "how far log scale may drift per window", ge=1e-6, le=10.0)
+
+
+@dataclass(frozen=True)
+class RefineConfig(_Group):
+    _name = "refine"
+    mode: str = param("auto", "bundle adjustment of windows; auto: on for nano", choices=("auto", "on", "off"))
+
+
+@dataclass(frozen=True)
+class LoopConfig(_Group):
+    _name = "loops"
+    enabled: bool = param(True, "look for places seen before and correct the map")
+
+
+@dataclass(frozen=True)
+class ScaleConfig(_Group):
+    _name = "scale"
+    camera_height: float = param(0.0, "height of the camera above flat ground in metres; 0: unknown", ge=0.0, le=100.0)
+
+
+@dataclass(frozen=True)
+class MapConfig(_Group):
+    _name = "map"
+    min_confidence: float = param(0.3, "points below are not trusted", ge=0.0, le=1.0, dynamic=True)
+    max_points: int = param(2_000_000, "bound of the fused map", ge=1000, le=200_000_000)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All parameters of the reconstruction; the ROS node adds its own group."""
+
+    model: ModelConfig = ModelConfig()
+    window: WindowConfig = WindowConfig()
+    context: ContextConfig = ContextConfig()
+    reduction: ReductionConfig = ReductionConfig()
+    alignment: AlignmentConfig = AlignmentConfig()
+    refine: RefineConfig = RefineConfig()
+    loops: LoopConfig = LoopConfig()
+    scale: ScaleConfig = ScaleConfig()
+    map: MapConfig = MapConfig()
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter as users see it."""
+
+    name: str
+    default: Any
+    doc: str
+    ge: float | None
+    le: float | None
+    choices: tuple[str, ...]
+    dynamic: bool
+
+
+def parameters(config: Any) -> Iterator[Parameter]:
+    """All parameters of a config dataclass (Config or one that holds groups), defaults taken from ``config``."""
+    for group in fields(config):
+        values = getattr(config, group.name)
+        for f in fields(values):
+            yield Parameter(f"{group.name}.{f.name}", getattr(values, f.name), **f.metadata)
+
+
+def with_values(config: Any, values: Mapping[str, Any]) -> Any:
+    """A copy of ``config`` with ``{"group.field": value}`` applied; unknown names and bad values raise ValueError."""
+    known = {p.name: p for p in parameters(config)}
+    by_group: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"unknown parameter {name!r}{hint}")
+        if isinstance(known[name].default, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        group, _, leaf = name.partition(".")
+        by_group.setdefault(group, {})[leaf] = value
+    groups = {g: dataclasses.replace(getattr(config, g), **v) for g, v in by_group.items()}
+    return dataclasses.replace(config, **groups)
