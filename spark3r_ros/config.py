@@ -96,6 +96,9 @@ class ContextConfig(_Group):
     _name = "context"
     enabled: bool = param(True, "later windows attend to the keys and values of earlier ones")
     budget_mb: float = param(256.0, "hard limit of the context's memory in MiB", ge=1.0, le=1e6)
+    frames: int = param(40, "keyframes whose keys the sensitive layers remember", ge=2, le=10000)
+    insensitive_divisor: int = param(3, "all other layers remember this share of them", ge=1, le=1000)
+    special_frames: int = param(64, "evicted keyframes whose special tokens stay in a ring", ge=0, le=100000)
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,14 @@ class ReductionConfig(_Group):
 @dataclass(frozen=True)
 class AlignmentConfig(_Group):
     _name = "alignment"
+    mode: str = param(
+        "cameras", "cameras: scale from depth ratios, pose from cameras; dense: Sim(3) on points; rigid: no scale",
+        choices=("cameras", "dense", "rigid"),
+    )  # fmt: skip
+    scale_prior: bool = param(True, "pull the scale of windows that share a context towards the map's")
     scale_prior_sigma: float = param(0.03, "how far log scale may drift per window", ge=1e-6, le=10.0)
+    max_residual: float = param(0.25, "overlap points may disagree by this share of their depth", ge=0.0, le=10.0)
+    bad_link_sigma: float = param(0.5, "sigma of log scale given to a link that was refused", ge=1e-6, le=10.0)
 
 
 @dataclass(frozen=True)
@@ -140,7 +150,10 @@ class ScaleConfig(_Group):
 class MapConfig(_Group):
     _name = "map"
     min_confidence: float = param(0.3, "points below are not trusted", ge=0.0, le=1.0, dynamic=True)
-    max_points: int = param(2_000_000, "bound of the fused map", ge=1000, le=200_000_000)
+    max_depth_jump: float = param(0.08, "relative depth step between neighbours that marks an edge", ge=0.0, le=10.0)
+    min_parallax: float = param(0.01, "least baseline over depth that a point needs", ge=0.0, le=1.0)
+    voxel_size: float = param(0.01, "voxel edge as a share of the keyframe's median depth", ge=1e-5, le=1.0)
+    max_points: int = param(1_000_000, "bound of the fused map", ge=1000, le=200_000_000)
 
 
 @dataclass(frozen=True)

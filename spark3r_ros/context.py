@@ -1,0 +1,315 @@
+"""The key-value context: what earlier windows leave for later ones, and the only eviction policy.
+
+After a bidirectional window solve the keys and values of chosen keyframes stay behind, one page per frame and layer, as
+they were used: pruned, normalised, rotated. No re-rotation is ever needed, since positions carry no frame index. Later
+passes attend to ``[special ring | pages | own tokens]``, one contiguous slice of a preallocated buffer per layer.
+
+Tiers: *reference* pages (the frames that fix the gauge) are never evicted; *recent* pages (the last commit) stay until
+the next commit; *covering* pages are thinned closest-first, so that what stays covers the scene, never by age alone;
+*special* tokens of evicted frames live on in a ring. Eviction fills the hole with the last page, so pages stay dense.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import ContextConfig
+
+
+@dataclass(frozen=True)
+class ContextSpec:
+    """What a backbone caches per frame. ``layer_tokens[l]``: tokens per frame that global layer l attends with."""
+
+    layer_tokens: tuple[int, ...]
+    num_heads: int
+    head_dim: int
+    num_special: int
+    sensitive: frozenset[int] = frozenset()  # layers that keep every page; empty: all do
+    camera_shape: tuple[int, int] = (0, 0)  # tokens and channels per frame of a camera head that mixes frames
+    num_reference: int = 1  # how many of the first keyframes fix the gauge
+
+
+class _Layer:
+    """Keys and values of one layer: a ring of special tokens, then pages, then the tokens of the running pass."""
+
+    def __init__(self, ring: int, num_special: int, pages: int, window: int, tokens: int, heads: int, like: Tensor):
+        self.tokens, self.num_special = tokens, num_special
+        self.ring_capacity, self.page_capacity = ring, pages
+        length = ring * num_special + (pages + window) * tokens
+        self.kv = like.new_zeros((2, 1, heads, length, like.shape[-1]))  # [key | value, B=1, H, N, D]
+        self.camera: Tensor | None = None  # [pages + window, T, C], of the key layer only
+        self.clear()
+
+    def clear(self) -> None:
+        self.ids: list[int] = []  # frame id of each page
+        self.ring_count = 0  # special entries ever pushed
+        self.pending: tuple[int, ...] = ()  # positions in the running pass of the whole frames appended
+
+    @property
+    def start(self) -> int:
+        """First valid token; the ring fills from its end so that valid tokens are always one slice."""
+        return (self.ring_capacity - min(self.ring_count, self.ring_capacity)) * self.num_special
+
+    @property
+    def own_start(self) -> int:
+        return self.page(len(self.ids)).start
+
+    def page(self, slot: int) -> slice:
+        first = self.ring_capacity * self.num_special + slot * self.tokens
+        return slice(first, first + self.tokens)
+
+    def copy_page(self, source: int, target: int) -> None:
+        if source != target:
+            self.kv[..., self.page(target), :] = self.kv[..., self.page(source), :]
+
+    def remove(self, slot: int, keep_special: bool) -> None:
+        """Drop one page, its special tokens going to the ring if wanted; the last page moves into its place."""
+        if keep_special and self.ring_capacity and self.num_special:
+            entry = self.ring_capacity - 1 - self.ring_count % self.ring_capacity  # over the oldest entry
+            source, target, n = self.page(slot).start, entry * self.num_special, self.num_special
+            self.kv[..., target : target + n, :] = self.kv[..., source : source + n, :]
+            self.ring_count += 1
+        last = len(self.ids) - 1
+        self.copy_page(last, slot)
+        if self.camera is not None:
+            self.camera[slot] = self.camera[last]
+        self.ids[slot] = self.ids[last]
+        self.ids.pop()
+
+
+class KVContext:
+    """Bounded cross-window context of one stream (batch size 1).
+
+    One pass is ``begin``, one ``append`` per layer, and then ``commit`` for the frames worth remembering, or nothing
+    for frames that only look (tracking). All memory, the space of the running pass included, is allocated at the first
+    ``begin`` and never exceeds ``config.budget_mb``.
+
+    Raises:
+        ValueError: at ``begin`` when the budget cannot hold the pass and its reference pages.
+    """
+
+    def __init__(self, spec: ContextSpec, config: ContextConfig, device: torch.device | str, dtype: torch.dtype):
+        self.spec, self.config = spec, config
+        self._like = torch.empty((0, spec.head_dim), device=device, dtype=dtype)
+        self._layers: list[_Layer] = []
+        self._window_frames = 0
+        self._reference: list[int] = []
+        self._recent: frozenset[int] = frozenset()
+        self._window_of: dict[int, int] = {}  # frame id -> number of the commit it came with
+        self._mean_key: dict[int, Tensor] = {}  # frame id -> mean key of its patches at the key layer
+        self._num_commits = 0
+        self._camera_start = -1  # row of the running pass's first camera token; -1: it has none
+
+    # -- what is known about the context -------------------------------------------------------------------------
+
+    @property
+    def frame_ids(self) -> tuple[int, ...]:
+        """Ids of the frames whose pages the fullest layers hold."""
+        return tuple(self._layers[self._key_layer].ids) if self._layers else ()
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.frame_ids)
+
+    @property
+    def is_empty(self) -> bool:
+        return self.num_frames == 0
+
+    @property
+    def bytes(self) -> int:
+        """Allocated bytes: pages, ring and the running pass, keys and values of all layers, camera tokens."""
+        tensors = [layer.kv for layer in self._layers]
+        tensors += [layer.camera for layer in self._layers if layer.camera is not None]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def budget_bytes(self) -> int:
+        return int(self.config.budget_mb * 2**20)
+
+    # -- one pass ------------------------------------------------------------------------------------------------
+
+    def begin(self, num_frames: int) -> None:
+        """Start a pass over ``num_frames`` frames; what the last pass did not commit is forgotten."""
+        if num_frames > self._window_frames:
+            self._allocate(num_frames)
+        for layer in self._layers:
+            layer.pending = ()
+        self._camera_start = -1
+
+    def append(self, layer: int, k: Tensor, v: Tensor, frames: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Make this pass's keys visible at one layer.
+
+        Args:
+            layer: global layer index.
+            k, v: [1, H, M, D], the first ``len(frames) * tokens`` are whole frames, the rest extra special tokens that
+                are visible in this pass only.
+            frames: positions in the pass of those whole frames.
+
+        Returns:
+            Keys and values [1, H, C + M, D] over context and pass: views of the buffer, valid until the next append.
+        """
+        store = self._layers[layer]
+        first, last = store.own_start, store.own_start + k.shape[2]
+        assert last <= store.kv.shape[3], (last, store.kv.shape)
+        store.kv[0, :, :, first:last] = k
+        store.kv[1, :, :, first:last] = v
+        store.pending = frames
+        return store.kv[0, :, :, store.start : last], store.kv[1, :, :, store.start : last]
+
+    def append_camera(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Camera tokens [S, T, C] of this pass behind those of the context.
+
+        Returns:
+            All tokens [F + S, T, C] and the number of the window each belongs to [F + S], for a block-causal mask.
+        """
+        key_layer = self._layers[self._key_layer]
+        assert key_layer.camera is not None, "the spec has no camera_shape"
+        first = self._camera_start = len(key_layer.ids)
+        last = first + len(tokens)
+        key_layer.camera[first:last] = tokens
+        windows = [self._window_of[i] for i in key_layer.ids] + [self._num_commits] * len(tokens)
+        return key_layer.camera[:last], torch.tensor(windows, device=tokens.device)
+
+    @torch.no_grad()
+    def commit(self, frames: Sequence[int], ids: Sequence[int]) -> tuple[int, ...]:
+        """Keep frames of the running pass as pages; the pass ends.
+
+        A frame that is in the context already is replaced (the overlap of windows), except reference frames: their
+        pages carry the gauge. Frames whose keys the reduction dropped have nothing to keep at that layer.
+
+        Args:
+            frames: positions in the pass.
+            ids: their keyframe ids, unique in the stream.
+
+        Returns:
+            Ids of the frames that the context now holds.
+        """
+        wanted = {position: ident for position, ident in zip(frames, ids) if ident not in self._reference}
+        key_layer = self._layers[self._key_layer]
+        for index, position in enumerate(key_layer.pending):
+            if position in wanted:
+                ident = wanted[position]
+                if len(self._reference) < self.spec.num_reference:
+                    self._reference.append(ident)
+                self._window_of[ident] = self._num_commits
+                own = slice(key_layer.own_start + index * key_layer.tokens, None)
+                patches = key_layer.kv[0, 0, :, own][:, key_layer.num_special : key_layer.tokens]  # [H, P, D]
+                self._mean_key[ident] = patches.float().mean(dim=1).flatten().cpu()  # [H * D]
+        self._recent = frozenset(ids)
+        for layer in self._layers:
+            self._commit_layer(layer, wanted)
+        present = {ident for layer in self._layers for ident in layer.ids}
+        self._mean_key = {i: m for i, m in self._mean_key.items() if i in present}
+        self._window_of = {i: w for i, w in self._window_of.items() if i in present}
+        self._num_commits += 1
+        return self.frame_ids
+
+    def reset(self) -> None:
+        """Forget everything; the memory stays allocated."""
+        for layer in self._layers:
+            layer.clear()
+        self._reference, self._recent = [], frozenset()
+        self._window_of, self._mean_key = {}, {}
+        self._num_commits, self._camera_start = 0, -1
+
+    # -- pages and eviction --------------------------------------------------------------------------------------
+
+    def _commit_layer(self, layer: _Layer, wanted: dict[int, int]) -> None:
+        first_own = len(layer.ids)  # the running pass lies where these page slots would be
+        renewed = {wanted[position] for position in layer.pending if position in wanted}
+        for slot in reversed(range(len(layer.ids))):
+            if layer.ids[slot] in renewed:
+                layer.remove(slot, keep_special=False)
+        for index, position in enumerate(layer.pending):
+            if position not in wanted or wanted[position] not in self._mean_key:
+                continue
+            if len(layer.ids) == layer.page_capacity:
+                layer.remove(self._victim(layer.ids), keep_special=True)
+            target = len(layer.ids)
+            layer.copy_page(first_own + index, target)
+            if layer.camera is not None and self._camera_start >= 0:
+                layer.camera[target] = layer.camera[self._camera_start + position]
+            layer.ids.append(wanted[position])
+        layer.pending = ()
+
+    def _victim(self, ids: list[int]) -> int:
+        """Slot to evict: of the closest pair by mean key, the frame that is also closer to the rest; then the older.
+
+        Reference frames are never candidates; frames of the running commit only when nothing else is left.
+        """
+        old = [s for s, i in enumerate(ids) if i not in self._reference and i not in self._recent]
+        new = [s for s, i in enumerate(ids) if i not in self._reference]
+        assert new, (ids, self._reference)  # _allocate leaves room beside the reference pages
+        keys = torch.stack([self._mean_key[i] for i in ids])  # [F, H * D]
+        distance = torch.cdist(keys, keys)
+        distance.fill_diagonal_(math.inf)
+        ranked = distance.sort(dim=1).values.tolist()
+        return min(old or new, key=lambda slot: (ranked[slot], ids[slot]))
+
+    # -- memory --------------------------------------------------------------------------------------------------
+
+    def _num_pages(self, layer: int, frames: int) -> int:
+        """Pages of one layer when the fullest layers hold ``frames``; insensitive layers hold a share of them."""
+        sensitive = not self.spec.sensitive or layer in self.spec.sensitive
+        return frames if sensitive else max(self.spec.num_reference + 1, -(-frames // self.config.insensitive_divisor))
+
+    @property
+    def _key_layer(self) -> int:
+        """The layer that stands for the whole: the middle one of those that keep every page."""
+        all_layers = range(len(self.spec.layer_tokens))
+        fullest = [i for i in all_layers if not self.spec.sensitive or i in self.spec.sensitive]
+        full_tokens = max(self.spec.layer_tokens[i] for i in fullest)
+        fullest = [i for i in fullest if self.spec.layer_tokens[i] == full_tokens]
+        return fullest[len(fullest) // 2]
+
+    def _bytes_for(self, frames: int, window: int) -> int:
+        spec = self.spec
+        tokens = sum(
+            self.config.special_frames * spec.num_special + (self._num_pages(i, frames) + window) * per_frame
+            for i, per_frame in enumerate(spec.layer_tokens)
+        )
+        camera = (frames + window) * spec.camera_shape[0] * spec.camera_shape[1]
+        return (2 * tokens * spec.num_heads * spec.head_dim + camera) * self._like.element_size()
+
+    def _allocate(self, window: int) -> None:
+        """Buffers for passes of up to ``window`` frames and as many pages as the budget and the configuration allow."""
+        least = self.spec.num_reference + 1
+        frames = self.config.frames
+        while frames > least and self._bytes_for(frames, window) > self.budget_bytes:
+            frames -= 1
+        frames = max(frames, least)
+        if (need := self._bytes_for(frames, window)) > self.budget_bytes:
+            raise ValueError(
+                f"context.budget_mb must be >= {need / 2**20:.1f} for passes of {window} frames at this image size, "
+                f"got {self.config.budget_mb:g}; raise it, or lower window.size or the image size"
+            )
+        old, self._window_frames = self._layers, window
+        with torch.inference_mode(False):  # buffers outlive the pass that allocates them
+            self._layers = [self._make_layer(i, frames, window) for i in range(len(self.spec.layer_tokens))]
+        if old:
+            self._adopt(old)
+
+    def _make_layer(self, index: int, frames: int, window: int) -> _Layer:
+        spec = self.spec
+        tokens, pages = spec.layer_tokens[index], self._num_pages(index, frames)
+        ring = self.config.special_frames
+        layer = _Layer(ring, spec.num_special, pages, window, tokens, spec.num_heads, self._like)
+        if index == self._key_layer and spec.camera_shape[0]:
+            layer.camera = self._like.new_zeros((pages + window, *spec.camera_shape))
+        return layer
+
+    def _adopt(self, old: list[_Layer]) -> None:
+        """Move ring and pages into buffers made for longer passes; what no longer fits is evicted by the policy."""
+        for source, target in zip(old, self._layers):
+            while len(source.ids) > target.page_capacity:
+                source.remove(self._victim(source.ids), keep_special=True)
+            end = source.own_start
+            target.kv[..., :end, :] = source.kv[..., :end, :]
+            target.ids, target.ring_count = source.ids, source.ring_count
+            if target.camera is not None and source.camera is not None:
+                target.camera[: len(source.ids)] = source.camera[: len(source.ids)]
