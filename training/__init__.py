@@ -1,0 +1,1 @@
+"""How the embedded ``nano`` weights are made: scenes, data, training, evaluation, shipping. See docs/training.md."""
