@@ -1,0 +1,113 @@
+"""Backbones: one trunk, several models, their checkpoints. ``load_backbone`` is the way in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spark3r_ros.backbone.model import Model, ModelSpec
+from spark3r_ros.backbone.trunk import PassOptions
+from spark3r_ros.config import ContextConfig, ReductionConfig
+from spark3r_ros.context import KVContext
+from spark3r_ros.frame import Prediction
+
+__all__ = ["Backbone", "load_backbone"]
+
+
+class Backbone:
+    """A loaded model, ready for inference."""
+
+    def __init__(self, model: Model, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval()
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.model.spec
+
+    def fit_size(self, height: int, width: int) -> tuple[int, int]:
+        """Preferred network size (height, width) for a camera image."""
+        return self.spec.resize.fit(height, width)
+
+    def new_context(self, config: ContextConfig, height: int, width: int) -> KVContext:
+        """An empty context for images of this network size."""
+        patch = self.spec.trunk.patch
+        num_patches = (height // patch) * (width // patch)
+        context_spec = self.spec.trunk.context_spec(num_patches, self.spec.sensitive, self.spec.camera_tokens)
+        return KVContext(context_spec, config, self.device, self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of attention, and so of the context: bfloat16 is for GPUs, it is hundreds of times slower on a CPU."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        images: Tensor,
+        *,
+        context: KVContext | None = None,
+        reduction: ReductionConfig | None = None,
+        previous: Tensor | None = None,
+        intrinsics: Tensor | None = None,
+    ) -> Prediction:
+        """Predict cameras and depth for one window.
+
+        Args:
+            images: [S, 3, H, W] RGB in [0, 1], sides multiples of the model's patch.
+            context: keys and values of earlier windows; this pass's own are appended, the caller commits them or not.
+                With an empty context frame 0 is the reference; otherwise the context's gauge holds.
+            reduction: Spark3R token reduction; None: dense.
+            previous: [<= 2, 3, H, W] the frames right before images[0], oldest first, for models that use motion.
+            intrinsics: [3, 3] known K in pixels of the images.
+
+        Raises:
+            ValueError: images of a shape or size that the model does not accept.
+        """
+        self._check(images)
+        images = images.to(self.device)
+        motion = self.model.motion(images, previous)
+        known = None if intrinsics is None else intrinsics.to(self.device, torch.float32).expand(1, len(images), 3, 3)
+        first = context is None or context.is_empty
+        if context is not None:
+            context.begin(len(images))
+        options = PassOptions(first, reduction, self.spec.sensitive, context)
+        with torch.autocast(self.device.type, dtype=self._dtype, enabled=self.device.type == "cuda"):
+            out = self.model(
+                images[None], options, motion=None if motion is None else motion[None], intrinsics=known
+            )
+        return Prediction(
+            T_world_camera=out.T_world_camera[0],
+            intrinsics=out.intrinsics[0] if known is None else known[0],
+            depth=out.depth[0],
+            confidence=out.confidence[0].sigmoid(),
+            gauge=self.spec.gauge,
+            descriptors=out.descriptors[0],
+        )
+
+    def _check(self, images: Tensor) -> None:
+        patch = self.spec.trunk.patch
+        if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
+            raise ValueError(f"images must be [S, 3, H, W] with S >= 1, got {tuple(images.shape)}")
+        height, width = images.shape[-2:]
+        if height % patch or width % patch or not height or not width:
+            near = self.fit_size(height or patch, width or patch)
+            raise ValueError(
+                f"{self.spec.name} takes sides that are multiples of {patch}, got {width}x{height}; "
+                f"resize to {near[1]}x{near[0]} (backbone.fit_size)"
+            )
+
+
+def load_backbone(
+    name: str, checkpoint: str | Path | Mapping[str, Tensor] | None = None, device: torch.device | str = "cpu"
+) -> Backbone:
+    """Build a model by name and load its weights strictly (see ``checkpoint.py``)."""
+    from spark3r_ros.backbone.nano import Nano
+
+    model = Nano()
+    if isinstance(checkpoint, Mapping):
+        model.load_state_dict(dict(checkpoint))
+    return Backbone(model, device)
