@@ -1,0 +1,258 @@
+"""What to reduce: plans of index tensors, and the pure functions that apply them.
+
+Axes: B batch, N tokens of all frames (frame-major, special tokens first in every frame), H heads, D head channels,
+C channels, M merged rows, S frames, G groups. A plan never holds features, only indices.
+
+Queries: tokens of source frames are averaged into the most similar token of their group's destination frames; after
+attention every token takes its destination's output. Keys and values: whole frames are kept, all others dropped.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spark3r_ros.reduction.schedule import check_factor
+
+# Similarities are computed for so many source-destination pairs at a time: bounds the memory of matching.
+MATCH_PAIRS = {"cpu": 1 << 21, "cuda": 1 << 27}
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """How the N = num_frames * tokens_per_frame tokens of a global layer are laid out.
+
+    ``frame_order[i]`` is the temporal index of the frame stored at position i (None: stored in temporal order);
+    ``reference`` is the *stored* position of the reference frame, None when this pass does not hold it.
+    """
+
+    num_frames: int
+    tokens_per_frame: int
+    num_special: int
+    frame_order: tuple[int, ...] | None = None
+    reference: int | None = 0
+
+    def __post_init__(self) -> None:
+        if self.num_frames < 1:
+            raise ValueError(f"num_frames must be >= 1, got {self.num_frames}")
+        if not 0 <= self.num_special < self.tokens_per_frame:
+            raise ValueError(f"num_special must be in 0..{self.tokens_per_frame - 1}, got {self.num_special}")
+        if self.frame_order is not None and sorted(self.frame_order) != list(range(self.num_frames)):
+            raise ValueError(f"frame_order must be a permutation of 0..{self.num_frames - 1}, got {self.frame_order}")
+        if self.reference is not None and not 0 <= self.reference < self.num_frames:
+            raise ValueError(f"reference must be in 0..{self.num_frames - 1}, got {self.reference}")
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_frames * self.tokens_per_frame
+
+    def temporal_positions(self) -> list[int]:
+        """Stored position of every frame, in temporal order."""
+        if self.frame_order is None:
+            return list(range(self.num_frames))
+        positions = [0] * self.num_frames
+        for position, time in enumerate(self.frame_order):
+            positions[time] = position
+        return positions
+
+
+@dataclass(frozen=True, eq=False)
+class KeyPlan:
+    """The tokens whose keys and values are projected and kept."""
+
+    index: Tensor  # [1, M] token indices: whole frames ascending, then special tokens of dropped frames
+    frames: tuple[int, ...]  # stored positions of the whole frames, ascending
+    bias: Tensor | None = None  # [M] added to the logits; None: nothing to add
+
+
+@dataclass(frozen=True, eq=False)
+class QueryPlan:
+    """Where every query goes: row ``target`` of the merged sequence, which is the mean of its members."""
+
+    target: Tensor  # [B, N] row of the merged sequence
+    weight: Tensor  # [B, M, 1] float32, one over the number of members
+    num_rows: int
+
+
+class GroupBatch(NamedTuple):
+    """Groups of equal shape, matched together."""
+
+    source: Tensor  # [G, n] indices of source tokens
+    destination: Tensor  # [G, m] indices of destination tokens
+    rows: Tensor  # [G, m] merged row of every destination token
+
+
+@dataclass(frozen=True, eq=False)
+class QueryGroups:
+    """The half of a query plan that does not depend on features; one per forward pass."""
+
+    num_rows: int
+    own_row: Tensor  # [N] merged row of every token that keeps its own; 0 for source tokens
+    batches: tuple[GroupBatch, ...]
+
+
+def query_groups(layout: TokenLayout, factor: int, group_size: int, device: torch.device | str = "cpu") -> QueryGroups:
+    """Split frames into groups of ``group_size`` consecutive frames, and those into destinations and sources.
+
+    Frame f (in temporal order) is a destination when ``(f % group_size) % factor == 0``, the reference frame always.
+    """
+    check_factor("query", factor)
+    if group_size < 2:
+        raise ValueError(f"query group size must be >= 2 frames, got {group_size}")
+    positions = layout.temporal_positions()
+    groups: dict[tuple[int, int], list[tuple[list[int], list[int]]]] = {}  # by shape: (sources, destinations)
+    is_source = torch.zeros(layout.num_frames, dtype=torch.bool)
+    for start in range(0, layout.num_frames, group_size):
+        members = positions[start : start + group_size]
+        destinations = [p for f, p in enumerate(members) if f % factor == 0 or p == layout.reference]
+        sources = [p for p in members if p not in set(destinations)]
+        is_source[sources] = True
+        if sources:
+            groups.setdefault((len(sources), len(destinations)), []).append((sources, destinations))
+    merges = is_source[:, None] & (torch.arange(layout.tokens_per_frame) >= layout.num_special)  # [S, P]
+    merges = merges.flatten()
+    own_row = (~merges).cumsum(0) - 1
+    own_row[merges] = 0
+    batches = []
+    for same_shape in groups.values():
+        sources_t = _patch_tokens(layout, torch.tensor([s for s, _ in same_shape]))
+        destinations_t = _patch_tokens(layout, torch.tensor([d for _, d in same_shape]))
+        parts = (sources_t, destinations_t, own_row[destinations_t])
+        batches.append(GroupBatch(*(part.to(device) for part in parts)))
+    return QueryGroups(int((~merges).sum()), own_row.to(device), tuple(batches))
+
+
+def _patch_tokens(layout: TokenLayout, frames: Tensor) -> Tensor:
+    """Token indices [G, f * patches] of the patch tokens of ``frames`` [G, f]."""
+    patches = torch.arange(layout.num_special, layout.tokens_per_frame)
+    return (frames[:, :, None] * layout.tokens_per_frame + patches).flatten(1)
+
+
+def match(metric: Tensor, groups: QueryGroups) -> QueryPlan:
+    """Send every source token to the destination token of its group with the largest cosine similarity.
+
+    ``metric`` [B, N, C] holds the features to compare. Sources need no normalisation: their length scales all of
+    their similarities alike.
+    """
+    batch_size, num_tokens, channels = metric.shape
+    flat = metric.reshape(-1, channels)  # [B * N, C]
+    target = groups.own_row.expand(batch_size, -1).clone()  # [B, N]
+    offsets = torch.arange(batch_size, device=metric.device)[:, None, None]
+    for part in groups.batches:
+        source = (part.source + offsets * num_tokens).flatten(0, 1)  # [B * G, n]
+        destination = (part.destination + offsets * num_tokens).flatten(0, 1)  # [B * G, m]
+        rows = part.rows.expand(batch_size, -1, -1).flatten(0, 1)  # [B * G, m]
+        found = _match_groups(flat, source, destination, rows)
+        target.view(-1)[source] = found
+    return _query_plan(target, groups.num_rows)
+
+
+def _match_groups(flat: Tensor, source: Tensor, destination: Tensor, rows: Tensor) -> Tensor:
+    """Merged rows [G, n] of the best destinations, a bounded number of pairs at a time."""
+    pairs = source.shape[1] * destination.shape[1]
+    step = max(1, MATCH_PAIRS["cpu" if flat.device.type == "cpu" else "cuda"] // pairs)
+    found = torch.empty_like(source)
+    for start in range(0, source.shape[0], step):
+        part = slice(start, start + step)
+        towards = torch.nn.functional.normalize(flat[destination[part]], dim=-1)  # [g, m, C]
+        similarity = flat[source[part]] @ towards.mT  # [g, n, m]
+        found[part] = rows[part].gather(1, similarity.max(dim=-1).indices)
+    return found
+
+
+def _query_plan(target: Tensor, num_rows: int) -> QueryPlan:
+    members = torch.zeros(target.shape[0], num_rows, device=target.device)
+    members.scatter_add_(1, target, torch.ones_like(target, dtype=members.dtype))
+    return QueryPlan(target, members.reciprocal_().unsqueeze(-1), num_rows)
+
+
+def plan_query_merge(metric: Tensor, layout: TokenLayout, factor: int, group_size: int = 20) -> QueryPlan:
+    """Match the queries of one global layer on ``metric`` [B, N, C]."""
+    return match(metric, query_groups(layout, factor, group_size, metric.device))
+
+
+def merge(q: Tensor, plan: QueryPlan) -> Tensor:
+    """Mean of the members of every row: ``q`` [B, H, N, D] (after norm and RoPE) -> [B, H, M, D]."""
+    heads = q.shape[1]
+    sums = new_sums(q.shape[0], plan, heads * q.shape[-1], q.device)
+    add_to_sums(sums, q.transpose(1, 2).flatten(2), plan, 0)
+    return finish_sums(sums, plan, q.dtype).unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def new_sums(batch_size: int, plan: QueryPlan, channels: int, device: torch.device) -> Tensor:
+    """Zeros [B, M, C] in float32, for :func:`add_to_sums`: merging piece by piece never holds all queries at once."""
+    return torch.zeros(batch_size, plan.num_rows, channels, device=device)
+
+
+def add_to_sums(sums: Tensor, rows: Tensor, plan: QueryPlan, start: int) -> None:
+    """Add the queries ``rows`` [B, n, C] of tokens ``start .. start + n`` to their rows of ``sums``, in place."""
+    target = plan.target[:, start : start + rows.shape[1]]
+    for b in range(rows.shape[0]):  # a contiguous index_add is several times faster than a broadcast one
+        sums[b].index_add_(0, target[b], rows[b].to(sums.dtype))
+
+
+def finish_sums(sums: Tensor, plan: QueryPlan, dtype: torch.dtype) -> Tensor:
+    """Sums [B, M, C] to means, in place, in ``dtype``."""
+    return sums.mul_(plan.weight).to(dtype)
+
+
+def unmerge(y: Tensor, plan: QueryPlan) -> Tensor:
+    """Copy every row's output to its members: ``y`` [B, M, C] (after the output projection) -> [B, N, C]."""
+    return torch.stack([rows.index_select(0, target) for rows, target in zip(y, plan.target)])
+
+
+def strided_frames(layout: TokenLayout, factor: int) -> tuple[int, ...]:
+    """Stored positions of frames 0, r, 2r, ... of the temporal order and of the reference, ascending."""
+    check_factor("key-value", factor)
+    kept = set(layout.temporal_positions()[::factor])
+    if layout.reference is not None:
+        kept.add(layout.reference)
+    return tuple(sorted(kept))
+
+
+def farthest_frames(x: Tensor, layout: TokenLayout, count: int) -> list[int]:
+    """The ``count`` frames that cover ``x`` [1, N, C] best, in the order chosen; any prefix covers well too.
+
+    Farthest-point sampling from the reference (or the first) frame on the cosine distance of mean patch tokens (the covering rule of
+    arXiv 2605.23892). Reads the result back once: one host sync.
+    """
+    if x.shape[0] != 1:
+        raise ValueError(f"reduction.kv_selection 'coverage' takes one sequence at a time, got a batch of {x.shape[0]}")
+    tokens = x[0].unflatten(0, (layout.num_frames, layout.tokens_per_frame))[:, layout.num_special :]
+    descriptor = torch.nn.functional.normalize(tokens.float().mean(dim=1), dim=-1)  # [S, C]
+    first = layout.temporal_positions()[0] if layout.reference is None else layout.reference
+    chosen = torch.full((count,), first, device=x.device)
+    nearest = descriptor @ descriptor[first]  # [S] similarity to the nearest chosen frame
+    nearest[first] = math.inf
+    for i in range(1, count):
+        farthest = nearest.argmin()
+        chosen[i] = farthest
+        nearest = torch.maximum(nearest, descriptor @ descriptor[farthest])
+        nearest.scatter_(0, farthest[None], math.inf)  # never chosen twice, even among equal frames
+    return chosen.tolist()
+
+
+def plan_keys(
+    layout: TokenLayout, frames: tuple[int, ...], keep_special: bool, device: torch.device | str = "cpu"
+) -> KeyPlan:
+    """Keep the keys of ``frames`` (stored positions, ascending), or None of the others but their special tokens.
+
+    With ``keep_special`` every special token stays while each kept patch stands for S / len(frames) patches, so special
+    tokens get the logit bias -log(S / len(frames)): on inputs whose frames repeat this equals dense attention.
+    """
+    kept = torch.tensor(frames)
+    index = (kept[:, None] * layout.tokens_per_frame + torch.arange(layout.tokens_per_frame)).flatten()
+    if not keep_special or layout.num_special == 0:
+        return KeyPlan(index[None].to(device), frames)
+    dropped = torch.ones(layout.num_frames, dtype=torch.bool)
+    dropped[kept] = False
+    specials = torch.arange(layout.num_special)
+    extra = (dropped.nonzero() * layout.tokens_per_frame + specials).flatten()
+    index = torch.cat([index, extra])
+    bias = torch.zeros(len(index))
+    bias[index % layout.tokens_per_frame < layout.num_special] = -math.log(layout.num_frames / len(frames))
+    return KeyPlan(index[None].to(device), frames, bias.to(device))
