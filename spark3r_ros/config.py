@@ -84,6 +84,11 @@ class WindowConfig(_Group):
         2.0, "seconds after which a moving camera's frame becomes a keyframe whatever its flow",
         ge=0.0, le=3600.0, dynamic=True,
     )  # fmt: skip
+    min_survival: float = param(
+        0.35, "a frame is a keyframe when fewer of the last one's features than this share are still in view",
+        ge=0.0, le=1.0, dynamic=True,
+    )  # fmt: skip
+    max_pending: int = param(300, "frames that may wait for the first window before it is solved early", ge=1, le=100000)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,6 +117,8 @@ class ReductionConfig(_Group):
     matching: str = param("input", "what source and destination tokens are compared on", choices=("input", "q", "k"))
     kv_selection: str = param("stride", "which frames keep their keys", choices=("stride", "coverage"))
     keep_special_kv: bool = param(False, "keep special tokens of dropped frames, with a logit bias that is exact")
+    matching_interval: int = param(1, "consecutive global layers that share one matching of queries", ge=1, le=1024)
+    sensitive_layers: str = param("", "global layers that prune by kv_factor alone, as '11-16,20'; empty: factor_file")
     factor_file: str = param("", "JSON written by `spark3r probe`; empty: the model's shipped or published set")
 
 

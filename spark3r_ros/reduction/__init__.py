@@ -18,8 +18,8 @@ from spark3r_ros.reduction.plan import (
     unmerge,
 )
 from spark3r_ros.reduction.schedule import (
-    Factors,
     FactorFile,
+    Factors,
     frame_factors,
     load_factor_file,
     save_factor_file,
