@@ -88,7 +88,8 @@ class WindowConfig(_Group):
         0.35, "a frame is a keyframe when fewer of the last one's features than this share are still in view",
         ge=0.0, le=1.0, dynamic=True,
     )  # fmt: skip
-    max_pending: int = param(300, "frames that may wait for the first window before it is solved early", ge=1, le=100000)
+    max_pending: int = param(300, "frames that may wait for the first window to be full", ge=1, le=100000)
+    intrinsics_windows: int = param(3, "windows after which an estimated focal length is locked", ge=1, le=1000)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,6 +140,11 @@ class AlignmentConfig(_Group):
 class RefineConfig(_Group):
     _name = "refine"
     mode: str = param("auto", "bundle adjustment of windows; auto: on for nano", choices=("auto", "on", "off"))
+    features: int = param(600, "points that are followed from frame to frame", ge=50, le=10000)
+    min_survival: float = param(0.4, "when fewer points survive a frame, descriptors look for them", ge=0.0, le=1.0)
+    match_ratio: float = param(0.8, "a match's descriptor distance must be below this share of the next best's",
+        ge=0.1, le=1.0,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -214,3 +220,71 @@ def with_values(config: Any, values: Mapping[str, Any]) -> Any:
         by_group.setdefault(group, {})[leaf] = value
     groups = {g: dataclasses.replace(getattr(config, g), **v) for g, v in by_group.items()}
     return dataclasses.replace(config, **groups)
+
+
+@dataclass(frozen=True)
+class NodeConfig(_Group):
+    """What only the ROS node needs. Its parameters have no group prefix: ``map_frame``, not ``node.map_frame``."""
+
+    _name = "node"
+    autostart: bool = param(True, "configure and activate on start; off: a lifecycle manager does it")
+    map_frame: str = param("map", "frame of path, points and map; z up")
+    odom_frame: str = param("odom", "frame of the smooth odometry, or of the robot's own one in tf_mode map_to_odom")
+    base_frame: str = param("base_link", "the robot's body; empty: the camera itself is tracked")
+    camera_frame: str = param("", "optical frame of the camera; empty: taken from the image header")
+    base_wait: float = param(
+        1.0, "seconds that the first poses wait for base_frame <- camera in TF before the camera itself is tracked",
+        ge=0.0, le=60.0,
+    )  # fmt: skip
+    tf_mode: str = param(
+        "odom_to_base", "which transforms are published",
+        choices=("odom_to_base", "map_to_odom", "map_to_camera", "off"),
+    )  # fmt: skip
+    invert_tf: bool = param(False, "publish every transform as child -> parent, for use below an EKF's tree")
+    transform_tolerance: float = param(
+        0.1, "seconds by which map -> odom is dated into the future", ge=0.0, le=10.0, dynamic=True
+    )
+    odom_source: str = param(
+        "auto", "the robot's own odometry; auto: the `odom` topic when it speaks, TF in tf_mode map_to_odom",
+        choices=("auto", "topic", "tf", "none"),
+    )  # fmt: skip
+    image_transport: str = param("raw", "type of the image topic", choices=("raw", "compressed"))
+    image_is_rectified: bool = param(False, "images are undistorted already: P of camera_info counts, K and D do not")
+    reliability: str = param(
+        "auto", "of the image subscription; auto follows the publishers", choices=("auto", "best_effort", "reliable")
+    )
+    drop_policy: str = param(
+        "newest", "newest: a full queue drops its oldest image; never: a full queue holds the publisher back",
+        choices=("newest", "never"),
+    )  # fmt: skip
+    queue_size: int = param(5, "images that wait for the reconstruction", ge=1, le=10000)
+    sync_tolerance: float = param(
+        0.02, "seconds by which depth or odometry may differ from the image's stamp", ge=0.0, le=1.0, dynamic=True
+    )
+    no_data_timeout: float = param(5.0, "seconds without images until the node warns", ge=0.1, le=3600.0, dynamic=True)
+    path_length: int = param(1000, "most poses of path and keyframe markers; longer ones are thinned", ge=2, le=100000)
+    map_period: float = param(2.0, "least seconds between two messages on ~/map", ge=0.1, le=3600.0, dynamic=True)
+    map_file: str = param("", "file of ~/save_map and ~/load_map", dynamic=True)
+    load_map_on_start: bool = param(False, "load map_file while configuring and localise in it")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.load_map_on_start and not self.map_file:
+            raise ValueError("node.map_file must name a map when load_map_on_start is set, got ''")
+        if self.odom_source == "tf" and self.tf_mode == "odom_to_base":
+            raise ValueError(
+                "node.odom_source 'tf' needs tf_mode 'map_to_odom', 'map_to_camera' or 'off': "
+                "in 'odom_to_base' the node would follow its own transforms"
+            )
+        frames = [f for f in (self.map_frame, self.odom_frame, self.base_frame) if f]
+        if not self.map_frame or not self.odom_frame or len(set(frames)) != len(frames):
+            raise ValueError(
+                "node.map_frame, node.odom_frame and node.base_frame must be different names, "
+                f"got {self.map_frame!r}, {self.odom_frame!r}, {self.base_frame!r}"
+            )
+
+
+def node_parameters(config: NodeConfig) -> Iterator[Parameter]:
+    """The node's own parameters, under the flat names that ROS users see."""
+    for f in fields(config):
+        yield Parameter(f.name, getattr(config, f.name), **f.metadata)
