@@ -10,6 +10,7 @@ attention every token takes its destination's output. Keys and values: whole fra
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -190,9 +191,8 @@ def new_sums(batch_size: int, plan: QueryPlan, channels: int, device: torch.devi
 
 def add_to_sums(sums: Tensor, rows: Tensor, plan: QueryPlan, start: int) -> None:
     """Add the queries ``rows`` [B, n, C] of tokens ``start .. start + n`` to their rows of ``sums``, in place."""
-    target = plan.target[:, start : start + rows.shape[1]]
-    for b in range(rows.shape[0]):  # a contiguous index_add is several times faster than a broadcast one
-        sums[b].index_add_(0, target[b], rows[b].to(sums.dtype))
+    index = _flat_rows(plan.target[:, start : start + rows.shape[1]], plan.num_rows)
+    sums.view(-1, sums.shape[-1]).index_add_(0, index, rows.to(sums.dtype).flatten(0, 1))
 
 
 def finish_sums(sums: Tensor, plan: QueryPlan, dtype: torch.dtype) -> Tensor:
@@ -202,7 +202,13 @@ def finish_sums(sums: Tensor, plan: QueryPlan, dtype: torch.dtype) -> Tensor:
 
 def unmerge(y: Tensor, plan: QueryPlan) -> Tensor:
     """Copy every row's output to its members: ``y`` [B, M, C] (after the output projection) -> [B, N, C]."""
-    return torch.stack([rows.index_select(0, target) for rows, target in zip(y, plan.target)])
+    index = _flat_rows(plan.target, plan.num_rows)
+    return y.flatten(0, 1).index_select(0, index).unflatten(0, plan.target.shape)
+
+
+def _flat_rows(target: Tensor, num_rows: int) -> Tensor:
+    """Rows ``target`` [B, n] counted over the whole batch, [B * n]."""
+    return (target + num_rows * torch.arange(len(target), device=target.device)[:, None]).flatten()
 
 
 def strided_frames(layout: TokenLayout, factor: int) -> tuple[int, ...]:
@@ -217,8 +223,8 @@ def strided_frames(layout: TokenLayout, factor: int) -> tuple[int, ...]:
 def farthest_frames(x: Tensor, layout: TokenLayout, count: int) -> list[int]:
     """The ``count`` frames that cover ``x`` [1, N, C] best, in the order chosen; any prefix covers well too.
 
-    Farthest-point sampling from the reference (or the first) frame on the cosine distance of mean patch tokens (the covering rule of
-    arXiv 2605.23892). Reads the result back once: one host sync.
+    Farthest-point sampling from the reference (or the first) frame on the cosine distance of mean patch tokens (the
+    covering rule of arXiv 2605.23892). Reads the result back once: one host sync.
     """
     if x.shape[0] != 1:
         raise ValueError(f"reduction.kv_selection 'coverage' takes one sequence at a time, got a batch of {x.shape[0]}")
@@ -239,20 +245,22 @@ def farthest_frames(x: Tensor, layout: TokenLayout, count: int) -> list[int]:
 def plan_keys(
     layout: TokenLayout, frames: tuple[int, ...], keep_special: bool, device: torch.device | str = "cpu"
 ) -> KeyPlan:
-    """Keep the keys of ``frames`` (stored positions, ascending), or None of the others but their special tokens.
+    """Keep the keys of ``frames`` (stored positions, ascending) and, if wanted, the special tokens of all others.
 
     With ``keep_special`` every special token stays while each kept patch stands for S / len(frames) patches, so special
     tokens get the logit bias -log(S / len(frames)): on inputs whose frames repeat this equals dense attention.
     """
-    kept = torch.tensor(frames)
-    index = (kept[:, None] * layout.tokens_per_frame + torch.arange(layout.tokens_per_frame)).flatten()
+    index = _frame_tokens(layout, frames, range(layout.tokens_per_frame))
     if not keep_special or layout.num_special == 0:
         return KeyPlan(index[None].to(device), frames)
-    dropped = torch.ones(layout.num_frames, dtype=torch.bool)
-    dropped[kept] = False
-    specials = torch.arange(layout.num_special)
-    extra = (dropped.nonzero() * layout.tokens_per_frame + specials).flatten()
-    index = torch.cat([index, extra])
+    dropped = sorted(set(range(layout.num_frames)) - set(frames))
+    index = torch.cat([index, _frame_tokens(layout, dropped, range(layout.num_special))])
     bias = torch.zeros(len(index))
     bias[index % layout.tokens_per_frame < layout.num_special] = -math.log(layout.num_frames / len(frames))
     return KeyPlan(index[None].to(device), frames, bias.to(device))
+
+
+def _frame_tokens(layout: TokenLayout, frames: Sequence[int], places: range) -> Tensor:
+    """Indices [len(frames) * len(places)] of the tokens at ``places`` of each of ``frames``."""
+    first = torch.tensor(frames, dtype=torch.long)[:, None] * layout.tokens_per_frame
+    return (first + torch.arange(places.start, places.stop)).flatten()

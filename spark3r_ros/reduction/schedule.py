@@ -96,7 +96,8 @@ def sensitive_layers(config: ReductionConfig, model: str, num_layers: int) -> fr
     shipped = Path(__file__).with_name("factors") / f"{model}.json"
     if config.factor_file or shipped.exists():
         path = Path(config.factor_file or shipped)
-        return _read_checked(path, path.stat().st_mtime_ns, model, num_layers)
+        written_ns = path.stat().st_mtime_ns if path.exists() else 0
+        return _read_checked(path, written_ns, model, num_layers)
     published = PUBLISHED_SENSITIVE_LAYERS.get(model, frozenset(range(num_layers)))
     check_layers(published, num_layers, f"published sensitive layers of {model}")
     return published
@@ -145,7 +146,7 @@ def load_factor_file(path: Path) -> FactorFile:
 
 
 @lru_cache(maxsize=16)
-def _read_checked(path: Path, _mtime_ns: int, model: str, num_layers: int) -> frozenset[int]:
+def _read_checked(path: Path, _written_ns: int, model: str, num_layers: int) -> frozenset[int]:
     factors = load_factor_file(path)
     if factors.model != model:
         raise ValueError(f"factor file {path} is of model {factors.model!r}, this model is {model!r}")
