@@ -1,0 +1,85 @@
+"""The pose of one frame between two window solves, from the network's view of its frozen context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from spark3r_ros import geometry
+from spark3r_ros.alignment import Link, robust_log_ratio
+from spark3r_ros.solver import Solution, Solver
+from spark3r_ros.windows import Keyframe
+
+MIN_ROTATION_SIGMA = 0.002  # rad
+MIN_TRANSLATION_SIGMA = 0.002  # over median depth
+LOST_SIGMA = 1e3  # rad and output units: nobody should fuse this
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """Where a frame is, and how far that may be wrong."""
+
+    T_world_camera: np.ndarray  # [4, 4]
+    sigma_rotation: float  # rad
+    sigma_translation: float  # world units
+    confidence: float  # in [0, 1]; 0: no information, the pose is a guess
+
+
+def covariance(estimate: Estimate, unit: float) -> np.ndarray:
+    """[6, 6] of x y z and rotation, in output units squared; ``unit``: output units per world unit."""
+    t, r = estimate.sigma_translation * unit, estimate.sigma_rotation
+    return np.diag([t * t] * 3 + [r * r] * 3)
+
+
+class NetworkTracker:
+    """Poses frames relative to the newest solved keyframe.
+
+    Both are seen by the same kind of pass (one frame that looks at the context), so what that pass gets wrong about
+    places cancels in the motion between them. Without a context the two frames make a pass of their own.
+    """
+
+    def __init__(self, solver: Solver) -> None:
+        self._solver = solver
+        self._anchor: Keyframe | None = None
+
+    def rebase(self, keyframe: Keyframe, previous: Sequence[Keyframe], link: Link | None) -> None:
+        """Track against this keyframe from now on; called once after each window."""
+        self._anchor, self._previous = keyframe, list(previous)
+        self._window_scale = float(np.exp(link.log_scale)) if link is not None else 1.0
+        self._sigmas = (link.rotation_sigma, link.translation_sigma) if link is not None else (0.0, 0.0)
+        assert keyframe.dense is not None
+        self._depth = float(np.median(keyframe.dense.depth))
+        self._T_window_anchor: np.ndarray | None = None
+        if self._solver.has_context and keyframe.rgb is not None:
+            self._T_window_anchor = self._solver.query(keyframe.rgb, self._previous).T_window_camera[0]
+
+    def track(self, rgb: np.ndarray) -> Estimate:
+        """Pose of a frame [h, w, 3] uint8 after the anchor keyframe."""
+        anchor = self._anchor
+        assert anchor is not None, "nothing has been solved yet"
+        if self._T_window_anchor is not None:
+            seen = self._solver.query(rgb, [*self._previous[-1:], anchor])
+            T_anchor_frame = geometry.inverse(self._T_window_anchor) @ seen.T_window_camera[0]
+            T_anchor_frame[:3, 3] *= self._window_scale
+        else:
+            assert anchor.rgb is not None
+            seen = self._solver.pair(anchor.rgb, rgb)
+            T_anchor_frame = geometry.inverse(seen.T_window_camera[0]) @ seen.T_window_camera[1]
+            T_anchor_frame[:3, 3] *= _pair_scale(anchor, seen)
+        confidence = float(np.median(seen.confidence[-1]))
+        doubt = 1 / max(confidence, 0.05)
+        return Estimate(
+            T_world_camera=anchor.T_world_camera @ T_anchor_frame,
+            sigma_rotation=doubt * max(MIN_ROTATION_SIGMA, self._sigmas[0]),
+            sigma_translation=doubt * self._depth * max(MIN_TRANSLATION_SIGMA, self._sigmas[1]),
+            confidence=confidence,
+        )
+
+
+def _pair_scale(anchor: Keyframe, seen: Solution) -> float:
+    assert anchor.dense is not None
+    weights = np.minimum(anchor.dense.confidence, seen.confidence[0]).ravel().astype(float)
+    log_ratio = robust_log_ratio(anchor.dense.depth.ravel(), seen.depth[0].ravel(), weights)
+    return float(np.exp(log_ratio)) if log_ratio is not None else 1.0

@@ -1,0 +1,128 @@
+"""Which frames become keyframes, and which keyframes are solved together."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+
+from spark3r_ros.config import WindowConfig
+
+
+class Gate(Enum):
+    """What becomes of a frame."""
+
+    STATIC = "static"  # the camera has not moved since the last keyframe
+    MOVING = "moving"  # moved, but not far enough: tracked only
+    KEYFRAME = "keyframe"
+
+
+def gate(config: WindowConfig, flow: float, survival: float, seconds: float) -> Gate:
+    """Decide about one frame.
+
+    Args:
+        config: thresholds.
+        flow: median optical flow since the last keyframe, as a share of the image width.
+        survival: share of the last keyframe's features that are still tracked.
+        seconds: time since the last keyframe.
+    """
+    if survival < config.min_survival or flow >= config.keyframe_flow:
+        return Gate.KEYFRAME
+    if flow < config.static_flow:
+        return Gate.STATIC
+    return Gate.KEYFRAME if seconds >= config.max_keyframe_interval else Gate.MOVING
+
+
+@dataclass(frozen=True, eq=False)
+class DepthMap:
+    """What the network saw of one keyframe, in world units."""
+
+    depth: np.ndarray  # [h, w] float32
+    confidence: np.ndarray  # [h, w] float32
+    K: np.ndarray  # [3, 3]
+
+
+@dataclass(eq=False)
+class Keyframe:
+    """A frame that the map remembers. What is needed only while it can be solved again is dropped by ``retire``."""
+
+    id: int
+    frame_index: int
+    stamp_ns: int
+    frame_id: str
+    rgb: np.ndarray | None  # [h, w, 3] uint8, network size
+    T_world_camera: np.ndarray = field(default_factory=lambda: np.eye(4))  # model scale, as solved
+    T_map_camera: np.ndarray = field(default_factory=lambda: np.eye(4))  # the same after loop corrections
+    scale: float = 1.0  # map units per world unit here: a loop correction may stretch a keyframe
+    dense: DepthMap | None = None
+    descriptor: np.ndarray | None = None  # [C] unit length; None: not solved yet
+    metric_depth: np.ndarray | None = None  # [h, w] float32 metres, NaN unknown: a source of scale
+    T_odom_base: np.ndarray | None = None  # [4, 4] metres: a source of scale
+
+    @property
+    def S_map_keyframe(self) -> np.ndarray:
+        """Similarity [4, 4] that brings stored points into the map."""
+        S = self.T_map_camera.copy()
+        S[:3, :3] *= self.scale
+        return S
+
+    def retire(self) -> None:
+        """Drop the images of a keyframe that has left the window."""
+        self.rgb = self.dense = self.metric_depth = None
+
+
+class Window:
+    """The sliding window: the last solved keyframes (overlap and motion history) and the new ones behind them."""
+
+    MOTION_FRAMES = 2  # images before the first of a pass, for backbones with motion tokens
+
+    def __init__(self, config: WindowConfig) -> None:
+        self.config = config
+        self._history: deque[Keyframe] = deque(maxlen=config.overlap + self.MOTION_FRAMES)  # solved, oldest first
+        self._new: list[Keyframe] = []
+
+    @property
+    def overlap(self) -> list[Keyframe]:
+        return list(self._history)[-self.config.overlap :]
+
+    @property
+    def new(self) -> Sequence[Keyframe]:
+        return self._new
+
+    @property
+    def keyframes(self) -> list[Keyframe]:
+        return self.overlap + self._new
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.overlap) + len(self._new) >= self.config.size
+
+    @property
+    def is_first(self) -> bool:
+        return not self._history
+
+    def add(self, keyframe: Keyframe) -> None:
+        self._new.append(keyframe)
+
+    def previous_of(self, keyframes: Sequence[Keyframe]) -> list[Keyframe]:
+        """Up to MOTION_FRAMES keyframes right before the first of ``keyframes``, oldest first."""
+        everything = [*self._history, *self._new]
+        first = next((i for i, k in enumerate(everything) if k is keyframes[0]), len(everything))
+        return everything[max(0, first - self.MOTION_FRAMES) : first]
+
+    def slide(self) -> list[Keyframe]:
+        """The window has been solved: new keyframes become history. Returns those that have left for good."""
+        before = list(self._history)
+        self._history.extend(self._new)
+        self._new = []
+        return [k for k in before if all(k is not kept for kept in self._history)]
+
+    def clear(self) -> list[Keyframe]:
+        """Forget everything; returns what was held."""
+        held = [*self._history, *self._new]
+        self._history.clear()
+        self._new = []
+        return held
