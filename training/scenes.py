@@ -134,7 +134,7 @@ def _hall_layout(rng: np.random.Generator) -> list[tuple]:
 def _clutter_layout(rng: np.random.Generator) -> list[tuple]:
     half = rng.uniform([1.5, 1.5, 1.2], [6.0, 6.0, 2.5])
     bodies = [(ROOM, (0, 0, 0), half, (0, 0, 0))]
-    for _ in range(int(rng.integers(3, 22))):
+    for _ in range(int(rng.integers(8, 45))):
         place = tuple(rng.uniform(-half[:2], half[:2]))
         bodies.append(_body(rng, place, rng.uniform(0.1, 0.6), -half[2], rng.random() < 0.4))
     return bodies
@@ -152,7 +152,7 @@ def _rays(K: tuple[float, ...], width: int, height: int, distortion: tuple[float
     if distortion:
         pixels = np.stack([x, y], axis=-1).reshape(-1, 1, 2)
         criteria = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 40, 1e-9)
-        undistorted = cv2.undistortPointsIter(pixels, camera, np.array(distortion), None, None, criteria)
+        undistorted = cv2.undistortPoints(pixels, camera, np.array(distortion), criteria=criteria)
         rays[..., :2] = undistorted.reshape(height, width, 2)
     else:
         rays[..., 0] = (x - camera[0, 2]) / camera[0, 0]
