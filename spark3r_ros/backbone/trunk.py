@@ -36,6 +36,7 @@ class TrunkSpec:
     layer_scale: float | None = 0.01  # initial gain; None: none
     ffn: str = "gelu"  # gelu or swiglu
     final_eps: float | None = None  # of the layer norm on tapped tokens; None: there is none
+    picks_reference: bool = False  # from three frames on, without a context, the model chooses its reference frame
     join: bool = True  # a tap is [last frame block's output | this output], otherwise this output alone
 
     @property
@@ -128,11 +129,14 @@ class Trunk(nn.Module):
         taps: list[Tensor] = []
         layer = 0
         local = x
+        reference = 0 if options.first else None
         for index, (block, kind) in enumerate(zip(self.blocks, spec.kinds)):
+            if index == spec.plain - 1 and spec.picks_reference and options.first and num_frames >= 3:
+                if options.context is None and options.window_ids is None:
+                    reference = most_typical(x[:, :, 0])
             if index == spec.plain:
                 if descriptors is None and spec.plain:
                     descriptors = describe(x[:, :, spec.num_special :])
-                reference = self._reference(x, options)
                 x = self._insert_special(x, reference)
             if kind == FRAME:
                 x = block(x.flatten(0, 1), rope if index >= spec.plain else None).unflatten(0, (batch, num_frames))
@@ -158,9 +162,6 @@ class Trunk(nn.Module):
         if kind == "unit":
             return unit_rope(*grid, head_dim, spec.num_special, device)
         return grid_rope(*grid, head_dim, spec.num_special, kind == "constant", device)
-
-    def _reference(self, x: Tensor, options: PassOptions) -> int | None:
-        return 0 if options.first else None
 
     def _insert_special(self, x: Tensor, reference: int | None) -> Tensor:
         """Prepend the special tokens, or put them in the place of the class token."""
@@ -211,6 +212,21 @@ class _Run:
         special, patches = x[:, :, : self.num_special], x[:, :, self.num_special :]
         special = block.forward_global(special.flatten(1, 2), layer, self.register).unflatten(1, (num_frames, -1))
         return torch.cat([special, patches], dim=2)
+
+
+def most_typical(class_tokens: Tensor) -> int:
+    """The frame that Depth-Anything-3 takes as reference ("saddle balanced"), from class tokens [1, S, C].
+
+    Three numbers per frame, each stretched to 0..1 over the frames: mean cosine similarity to the others, length of the
+    token, variance of the unit token. The frame closest to the middle of all three wins.
+    """
+    assert len(class_tokens) == 1, "the reference is chosen for one sequence at a time"
+    tokens = class_tokens[0].float()
+    unit = nn.functional.normalize(tokens, dim=-1)
+    similarity = ((unit @ unit.T).sum(dim=1) - 1) / (len(tokens) - 1)
+    measures = torch.stack([similarity, tokens.norm(dim=-1), unit.var(dim=-1)])  # [3, S]
+    low, high = measures.amin(dim=1, keepdim=True), measures.amax(dim=1, keepdim=True)
+    return int(((measures - low) / (high - low + 1e-8) - 0.5).abs().sum(dim=0).argmin())
 
 
 def block_causal(window_ids: Tensor, tokens: int) -> Tensor:

@@ -1,0 +1,91 @@
+"""Depth-Anything-3: one DINOv2 that turns into an alternating trunk half-way; cameras from one token per frame."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from spark3r_ros.backbone.encoder import Encoder, EncoderSpec
+from spark3r_ros.backbone.heads import DptHead
+from spark3r_ros.backbone.model import (
+    Geometry,
+    Model,
+    ModelSpec,
+    T_from_R_t,
+    intrinsics_from_fov,
+    matrix_from_quat_xyzw,
+)
+from spark3r_ros.backbone.preprocess import ResizeRule
+from spark3r_ros.backbone.trunk import FRAME, GLOBAL, PassOptions, Trunk, TrunkSpec
+from spark3r_ros.frame import Gauge
+
+def any_view(name: str, dim: int, depth: int, plain: int, taps: tuple[int, ...], ffn: str = "gelu") -> ModelSpec:
+    """Odd blocks from ``plain`` on are global."""
+    kinds = tuple(GLOBAL if i >= plain and i % 2 else FRAME for i in range(depth))
+    trunk = TrunkSpec(
+        patch=14, dim=dim, heads=dim // 64, kinds=kinds, taps=taps, num_special=1, plain=plain,
+        global_rope="constant", eps=1e-6, layer_scale=1.0, ffn=ffn, final_eps=1e-5,
+        picks_reference=True,
+    )  # fmt: skip
+    return ModelSpec(name=name, trunk=trunk, resize=ResizeRule(patch=14, longest=504))
+
+
+SPECS = {
+    "da3-small": any_view("da3-small", 384, 12, 4, (5, 7, 9, 11)),
+    "da3-base": any_view("da3-base", 768, 12, 4, (5, 7, 9, 11)),
+    "da3-large": any_view("da3-large", 1024, 24, 8, (11, 15, 19, 23)),
+    "da3-giant": any_view("da3-giant", 1536, 40, 13, (19, 27, 33, 39), "swiglu"),
+}
+DPT_SIZES = {  # per trunk width: channels of the four taps, features
+    384: ((48, 96, 192, 384), 64),
+    768: ((96, 192, 384, 768), 128),
+    1024: ((256, 512, 1024, 1024), 256),
+    1536: ((256, 512, 1024, 1024), 256),
+}
+
+
+class CameraDecoder(nn.Module):
+    """Camera token to translation, quaternion (xyzw) of T_world_camera, vertical and horizontal field of view."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU())
+        self.fc_t, self.fc_q, self.fc_fov = nn.Linear(dim, 3), nn.Linear(dim, 4), nn.Linear(dim, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.mlp(x)
+        return self.fc_t(x), self.fc_q(x), self.fc_fov(x).relu()
+
+
+class DepthAnything3(Model):
+    """Any-view model: depth, confidence and cameras."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        trunk = spec.trunk
+        self.encoder = Encoder(
+            EncoderSpec(trunk.patch, trunk.dim, trunk.heads, depth=0, num_registers=0, antialias=False, offset=0.1)
+        )
+        self.trunk = Trunk(trunk)
+        channels, features = DPT_SIZES[trunk.dim]
+        self.head = DptHead(trunk.tap_dim, channels, features, (2,))
+        self.camera = CameraDecoder(trunk.tap_dim)
+
+    def forward(
+        self,
+        images: Tensor,
+        options: PassOptions = PassOptions(),
+        *,
+        motion: Tensor | None = None,
+        intrinsics: Tensor | None = None,
+    ) -> Geometry:
+        batch, num_frames, _, height, width = images.shape
+        x, grid = self.encoder(self.normalise(images).flatten(0, 1))
+        tokens = self.trunk(x.unflatten(0, (batch, num_frames)), grid, options)
+        with torch.autocast(images.device.type, enabled=False):
+            taps = [tokens.patches(i).flatten(0, 1).float() for i in range(len(tokens.taps))]
+            depth, confidence = self.head(taps, grid, (height, width)).unflatten(0, (batch, num_frames)).unbind(2)
+            t, quat_xyzw, fov = self.camera(tokens.special()[:, :, 0].float())
+            T_world_camera = T_from_R_t(matrix_from_quat_xyzw(quat_xyzw), t)
+            K = intrinsics_from_fov(fov[..., 0], fov[..., 1], height, width)
+        return Geometry(T_world_camera, K, depth.exp(), confidence, tokens.descriptors)
