@@ -234,7 +234,7 @@ class Reconstructor:
         for keyframe in self._window.slide():
             keyframe.retire()
         self._tracker.rebase(keyframes[-1], self._window.previous_of(keyframes[-1:]), link)
-        self._state = TrackingState.TRACKING
+        self._state = TrackingState.TRACKING if len(self._keyframes) > 1 else TrackingState.INITIALISING
         self._num_windows += 1
         self._last_report = self._report(len(keyframes), link, time.perf_counter() - started)
         return Solved(self._last_report, new, self._depth_camera(solution.K))
@@ -292,7 +292,8 @@ class Reconstructor:
         if len(self._trajectory):
             T_last_camera = geometry.inverse(self._trajectory.world_pose(-1, self._keyframes)) @ estimate.T_world_camera
             T_last_camera[:3, 3] *= self._unit
-            self._T_odom_camera = self._T_odom_camera @ T_last_camera
+            moved = self._T_odom_camera @ T_last_camera
+            self._T_odom_camera = geometry.make_T(geometry.project_to_so3(moved[:3, :3]), moved[:3, 3])
         self._trajectory.append(seen.frame.stamp_ns, estimate.T_world_camera, keyframe or self._newest)
 
     @property

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from spark3r_ros import geometry
 from spark3r_ros.backbone import Backbone
 from spark3r_ros.config import Config
 from spark3r_ros.context import KVContext
@@ -97,7 +98,7 @@ class Solver:
         confidence = prediction.confidence.float().cpu().numpy() * self.valid
         K = self.K if self.K is not None else np.median(_numpy(prediction.intrinsics), axis=0)
         return Solution(
-            T_window_camera=_numpy(prediction.T_world_camera),
+            T_window_camera=_rigid(_numpy(prediction.T_world_camera)),
             K=K,
             depth=prediction.depth.float().cpu().numpy(),
             confidence=confidence,
@@ -109,6 +110,11 @@ class Solver:
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.double().cpu().numpy()
+
+
+def _rigid(T: np.ndarray) -> np.ndarray:
+    """Single precision rotations are not quite rotations, and chains of them less and less."""
+    return geometry.make_T(geometry.project_to_so3(T[..., :3, :3]), T[..., :3, 3])
 
 
 def _rgb(keyframe: Keyframe) -> np.ndarray:

@@ -46,9 +46,10 @@ class NetworkTracker:
 
     def rebase(self, keyframe: Keyframe, previous: Sequence[Keyframe], link: Link | None) -> None:
         """Track against this keyframe from now on; called once after each window."""
+        alone = 0.0 if previous else 1.0  # a single view has no scale: wrong by as much as the scene is away
         self._anchor, self._previous = keyframe, list(previous)
         self._window_scale = float(np.exp(link.log_scale)) if link is not None else 1.0
-        self._sigmas = (link.rotation_sigma, link.translation_sigma) if link is not None else (0.0, 0.0)
+        self._sigmas = (link.rotation_sigma, link.translation_sigma) if link is not None else (0.0, alone)
         assert keyframe.dense is not None
         self._depth = float(np.median(keyframe.dense.depth))
         self._T_window_anchor: np.ndarray | None = None

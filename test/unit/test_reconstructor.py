@@ -1,0 +1,166 @@
+"""The corridor on a rendered stream with an ideal backbone: what goes in, what comes out, and when."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from oracle import Oracle, ate, orbit, render
+
+from spark3r_ros import geometry
+from spark3r_ros.config import Config, with_values
+from spark3r_ros.frame import FramePose, TrackingState, Update
+from spark3r_ros.reconstructor import FrameError, Reconstructor
+
+OPTIONS = {"refine.mode": "off", "window.size": 6, "window.overlap": 2}
+
+
+@pytest.fixture(scope="module")
+def stream():
+    return orbit(60, loops=0.25)
+
+
+def run(stream, oracle=None, **options) -> tuple[Reconstructor, list[Update]]:
+    config = with_values(Config(), OPTIONS | {k.replace("__", "."): v for k, v in options.items()})
+    reconstructor = Reconstructor(config, oracle if oracle is not None else Oracle(stream))
+    return reconstructor, [*(reconstructor.push(f) for f in stream.frames), reconstructor.finish()]
+
+
+def poses_of(updates: list[Update]) -> list[FramePose]:
+    return [p for u in updates for p in u.poses]
+
+
+def test_every_frame_gets_one_pose_in_stamp_order(stream):
+    _, updates = run(stream)
+    assert [p.stamp_ns for p in poses_of(updates)] == [f.stamp_ns for f in stream.frames]
+
+
+def test_frames_after_the_first_window_get_their_pose_at_once(stream):
+    _, updates = run(stream)
+    first = next(i for i, u in enumerate(updates) if u.poses)
+    assert len(updates[first].poses) == first + 1
+    assert all(len(u.poses) == 1 for u in updates[first + 1 : -1])
+
+
+def test_an_ideal_backbone_gives_an_exact_path(stream):
+    reconstructor, _ = run(stream)
+    estimated = np.stack([T[:3, 3] for _, T in reconstructor.trajectory()])
+    error, scale = ate(estimated, stream.T_world_camera[:, :3, 3])
+    assert error < 1e-3
+    assert scale == pytest.approx(2.0, rel=0.01)
+
+
+def test_without_context_the_overlap_carries_scale_and_pose(stream):
+    reconstructor, updates = run(stream, Oracle(stream, scale_noise=0.3), context__enabled=False)
+    estimated = np.stack([T[:3, 3] for _, T in reconstructor.trajectory()])
+    assert ate(estimated, stream.T_world_camera[:, :3, 3])[0] < 2e-3
+    assert all(u.window.accepted for u in updates if u.window)
+
+
+def test_a_nonsense_window_is_reported_and_does_not_poison_the_scale(stream):
+    oracle = Oracle(stream)
+    oracle.broken = {2}
+    reconstructor, updates = run(stream, oracle)
+    windows = [u.window for u in updates if u.window]
+    assert [w.accepted for w in windows].count(False) >= 1
+    assert not windows[2].accepted
+    assert windows[2].sigma > 0.1
+    assert windows[-1].log_scale == pytest.approx(0, abs=0.05)
+
+
+def test_odometry_never_jumps_and_map_to_odom_takes_corrections(stream):
+    oracle = Oracle(stream, pose_noise=0.02, depth_noise=0.05)
+    _, updates = run(stream, oracle)
+    poses = poses_of(updates)
+    for p in poses[1:]:
+        assert np.all(np.isfinite(p.T_odom_camera))
+    for update in updates[:-1]:
+        if update.poses:
+            last = update.poses[-1]
+            np.testing.assert_allclose(update.T_map_odom @ last.T_odom_camera, last.T_map_camera, atol=1e-9)
+
+
+def test_static_frames_never_become_keyframes():
+    poses = np.repeat(orbit(1).T_world_camera, 12, axis=0)
+    stream = render(poses)
+    for i, f in enumerate(stream.frames):  # tell them apart, the oracle knows frames by their pixels
+        f.image[0, 0] = i
+    stream = dataclasses.replace(stream)
+    reconstructor, updates = run(stream)
+    assert reconstructor.status()["keyframes"] == 1
+    poses_out = poses_of(updates)
+    assert len(poses_out) == 12
+    for p in poses_out:
+        np.testing.assert_allclose(p.T_map_camera, np.eye(4), atol=1e-3)
+
+
+def test_a_single_frame_gets_an_honest_pose():
+    stream = orbit(1)
+    _, updates = run(stream)
+    (pose,) = poses_of(updates)
+    np.testing.assert_allclose(pose.T_map_camera, np.eye(4), atol=1e-6)
+    assert pose.covariance[0, 0] > 0.01
+
+
+def test_finish_without_frames_is_empty():
+    reconstructor = Reconstructor(Config(), Oracle(orbit(1)))
+    assert reconstructor.finish().poses == ()
+    assert reconstructor.trajectory() == []
+    assert len(reconstructor.map_points().xyz) == 0
+
+
+def test_points_lie_on_the_scene(stream):
+    reconstructor, _ = run(stream)
+    points = reconstructor.map_points()
+    assert len(points.xyz) > 1000
+    T_world_first = stream.T_world_camera[0]
+    world = geometry.transform(T_world_first, points.xyz * 2.0)
+    camera = geometry.transform(geometry.inverse(T_world_first), world)
+    pixels = np.rint(geometry.project(camera, stream.K)).astype(int)
+    inside = (camera[:, 2] > 0) & (pixels >= 1).all(axis=1) & (pixels[:, 0] < 159) & (pixels[:, 1] < 119)
+    seen = stream.depth[0][pixels[inside, 1], pixels[inside, 0]]
+    off = (seen - camera[inside, 2]) / seen  # positive: in front of the surface that the first camera sees
+    assert np.mean(off > 0.05) < 0.1
+
+
+def test_tracking_costs_one_frame_per_pass(stream):
+    oracle = Oracle(stream)
+    run(stream, oracle)
+    sizes = set(oracle.passes)
+    assert 1 in sizes
+    assert max(sizes) == 6
+
+
+def test_same_input_same_output(stream):
+    a, b = (poses_of(run(stream, Oracle(stream, pose_noise=0.01))[1]) for _ in range(2))
+    for p, q in zip(a, b, strict=True):
+        np.testing.assert_array_equal(p.T_map_camera, q.T_map_camera)
+        np.testing.assert_array_equal(p.covariance, q.covariance)
+
+
+def test_reset_starts_over(stream):
+    reconstructor, first = run(stream)
+    reconstructor.reset()
+    assert reconstructor.trajectory() == []
+    again = [*(reconstructor.push(f) for f in stream.frames), reconstructor.finish()]
+    assert len(poses_of(again)) == len(poses_of(first))
+
+
+def test_frames_that_cannot_be_used_are_refused(stream):
+    reconstructor, _ = run(stream)
+    last = stream.frames[-1]
+    with pytest.raises(FrameError, match="not after the last one"):
+        reconstructor.push(last)
+    later = dataclasses.replace(last, stamp_ns=last.stamp_ns + 10**8)
+    with pytest.raises(FrameError, match="size changed"):
+        reconstructor.push(dataclasses.replace(later, image=np.zeros((60, 80, 3), np.uint8)))
+    with pytest.raises(FrameError, match="uint8"):
+        reconstructor.push(dataclasses.replace(later, image=later.image.astype(float)))
+
+
+def test_state_is_initialising_until_the_first_window(stream):
+    _, updates = run(stream)
+    first = next(i for i, u in enumerate(updates) if u.poses)
+    assert all(u.state is TrackingState.INITIALISING for u in updates[:first])
+    assert updates[first].state is TrackingState.TRACKING
