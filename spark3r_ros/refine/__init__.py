@@ -5,10 +5,10 @@ How the corridor uses it (``tracks.py`` makes the tracks; one Refiner per map, d
     tracker = FeatureTracker(config.refine)
     refiner = Refiner(config.refine, width, height, camera)       # camera: CameraModel with lens distortion, or None
 
-    tracks = tracker.track(gray)                                  # every frame; tracks.flow_px, tracks.survival: the gate
+    tracks = tracker.track(gray)                                  # every frame; flow_px and survival are for the gate
     pose = refiner.track(tracks, T_guess=None)                    # TrackedPose, or None while there is no map
     if gate says keyframe:
-        tracker.set_keyframe(keyframe_id)
+        tracks = tracker.set_keyframe(keyframe_id)                # the same tracks and the new points
         refiner.add_keyframe(keyframe_id, tracks, T_guess=None)   # poses it, triangulates, small local adjustment
     when a window is full:
         refined = refiner.solve(keyframe_ids, T_world_camera, depths)
@@ -17,7 +17,7 @@ How the corridor uses it (``tracks.py`` makes the tracks; one Refiner per map, d
         # -> RefinedWindow: poses, K, depth_scale per keyframe (multiply the network's depth by it), confidence, start
 
 * Before the first ``solve`` nothing has a pose: ``track`` gives None. Frames from before it are posed afterwards by
-  ``refiner.track(tracks_of_that_frame)``: tracking reads the map and never changes it, so it may be called again for any
+  ``refiner.track(tracks_of_that_frame)``: tracking does not move the map, so it may be called again for any
   frame whose Tracks were kept, also to improve poses after a window was solved.
 * World and scale are those of the first window's T_world_camera and depths (first keyframe exactly at its given pose);
   without them the first keyframe is the origin and the median depth is 1. Later windows keep them: poses that older
@@ -26,3 +26,7 @@ How the corridor uses it (``tracks.py`` makes the tracks; one Refiner per map, d
 * ``refiner.K`` [3, 3]: in pixels of the undistorted camera image, known or estimated; locked after the first windows.
 * Same input, same output, bit for bit: no threads of our own, random numbers from fixed seeds.
 """
+
+from spark3r_ros.refine.refiner import DepthPrior, RefinedWindow, Refiner, TrackedPose
+
+__all__ = ["DepthPrior", "RefinedWindow", "Refiner", "TrackedPose"]

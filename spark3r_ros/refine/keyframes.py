@@ -1,0 +1,151 @@
+"""Keyframes with what they saw, and the bundle adjustment problem of a set of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from spark3r_ros.refine.bundle import Problem, Solution
+from spark3r_ros.refine.landmarks import LandmarkTable, first_inverse_depth
+
+FLAT_PRIOR_SIGMA = 1.0  # of an inverse depth about which nothing is known but that of its neighbours in the image
+NETWORK_PRIOR_SIGMA = 0.3  # of an inverse depth from a network
+
+
+@dataclass(eq=False)
+class Keyframe:
+    id: int
+    ids: np.ndarray  # [N] track numbers, ascending
+    uv: np.ndarray  # [N, 2] undistorted pixels
+    T_world_camera: np.ndarray | None = None
+    good: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # [N] not found to be an outlier
+    prior_depth: np.ndarray = field(default_factory=lambda: np.zeros(0))  # [N] world scale; NaN where unknown
+
+    def __post_init__(self) -> None:
+        self.good = np.ones(len(self.ids), bool)
+        self.prior_depth = np.full(len(self.ids), np.nan)
+
+    def add(self, ids: np.ndarray, uv: np.ndarray) -> None:
+        """Observations that were recognised later."""
+        fresh = ~np.isin(ids, self.ids)
+        order = np.argsort(np.concatenate([self.ids, ids[fresh]]), kind="stable")
+        self.ids = np.concatenate([self.ids, ids[fresh]])[order]
+        self.uv = np.concatenate([self.uv, uv[fresh]])[order]
+        self.good = np.concatenate([self.good, np.ones(int(fresh.sum()), bool)])[order]
+        self.prior_depth = np.concatenate([self.prior_depth, np.full(int(fresh.sum()), np.nan)])[order]
+
+
+@dataclass(frozen=True, eq=False)
+class Assembled:
+    problem: Problem
+    ids: np.ndarray  # [P] track numbers of the points
+    keyframes: tuple[Keyframe, ...]  # [K]
+    observation: np.ndarray  # [M] row in its keyframe
+
+
+def normalised(uv: np.ndarray, K: np.ndarray) -> np.ndarray:
+    """Undistorted pixels [N, 2] to z = 1."""
+    return (uv - K[:2, 2]) / np.array([K[0, 0], K[1, 1]])
+
+
+def assemble(
+    keyframes: Sequence[Keyframe],
+    T_world_camera: np.ndarray,
+    is_free: np.ndarray,
+    table: LandmarkTable,
+    K: np.ndarray,
+    sigma_px: float,
+    focal_sigma: float = 0.0,
+    max_points: int = 0,
+) -> Assembled | None:
+    """The points that at least two of the keyframes see, one of them free; None when there are fewer than eight.
+
+    Points in ``table`` start there, the others from all their observations. ``max_points`` > 0 keeps those that most
+    keyframes see.
+    """
+    rows = [np.flatnonzero(k.good) for k in keyframes]
+    ids = np.concatenate([k.ids[r] for k, r in zip(keyframes, rows)])
+    camera = np.repeat(np.arange(len(keyframes)), [len(r) for r in rows])
+    uv = np.concatenate([k.uv[r] for k, r in zip(keyframes, rows)])
+    observation = np.concatenate(rows)
+    order = np.argsort(ids, kind="stable")
+    ids, camera, uv, observation = ids[order], camera[order], uv[order], observation[order]
+    unique, point, count = np.unique(ids, return_inverse=True, return_counts=True)
+    wanted = (count >= 2) & (np.bincount(point, is_free[camera], len(unique)) > 0)
+    if 0 < max_points < wanted.sum():
+        best = np.argsort(-(count * wanted), kind="stable")[:max_points]
+        wanted = np.isin(np.arange(len(unique)), best)
+    if wanted.sum() < 8:
+        return None
+    keep = wanted[point]
+    number = np.cumsum(wanted) - 1
+    camera, uv, observation, point = camera[keep], uv[keep], observation[keep], number[point[keep]]
+    unique = unique[wanted]
+    starts = np.searchsorted(point, np.arange(len(unique)))
+    anchor = camera[starts]
+    prior, prior_sigma = inverse_depth_priors(keyframes, T_world_camera, table, anchor, observation[starts])
+    xy = normalised(uv, K)
+    information = (sigma_px / K[0, 0] / prior / prior_sigma) ** 2
+    inverse_depth, _ = first_inverse_depth(T_world_camera, xy, camera, point, anchor, xy[starts], prior, information)
+    rays = np.concatenate([xy[starts], np.ones((len(starts), 1))], axis=1) / inverse_depth[:, None]
+    xyz = np.einsum("pij,pj->pi", T_world_camera[anchor, :3, :3], rays) + T_world_camera[anchor, :3, 3]
+    where, found = table.find(unique)
+    xyz[found] = table.xyz[where[found]]
+    focal, sigma = np.array([K[0, 0], K[1, 1]]), np.full(len(uv), sigma_px)
+    problem = Problem(
+        T_world_camera, is_free, focal, K[:2, 2], xyz, anchor, camera, point, uv, sigma, prior, prior_sigma, focal_sigma
+    )
+    return Assembled(problem, unique, tuple(keyframes), observation)
+
+
+def inverse_depth_priors(
+    keyframes: Sequence[Keyframe], T: np.ndarray, table: LandmarkTable, anchor: np.ndarray, observation: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Inverse depth [P] expected at the anchors, from a network or else from neighbours; its relative sigma [P]."""
+    prior, sigma = np.ones(len(anchor)), np.full(len(anchor), FLAT_PRIOR_SIGMA)
+    for k, keyframe in enumerate(keyframes):
+        mine = np.flatnonzero(anchor == k)
+        if len(mine) == 0:
+            continue
+        prior[mine] = _neighbours_inverse_depth(keyframe, T[k], table, keyframe.uv[observation[mine]])
+        given = keyframe.prior_depth[observation[mine]]
+        network = np.isfinite(given)
+        prior[mine[network]] = 1.0 / given[network]
+        sigma[mine[network]] = NETWORK_PRIOR_SIGMA
+    return prior, sigma
+
+
+def _neighbours_inverse_depth(keyframe: Keyframe, T: np.ndarray, table: LandmarkTable, uv: np.ndarray) -> np.ndarray:
+    """Median inverse depth of the five nearest well-known points around each pixel [N, 2]; 1 without any."""
+    rows, found = table.find(keyframe.ids)
+    found &= table.depth_sigma[rows] < 0.3 if len(table) else False
+    depth = (table.xyz[rows[found]] - T[:3, 3]) @ T[:3, 2]
+    known = keyframe.uv[found][depth > 0]
+    inverse_depth = 1.0 / depth[depth > 0]
+    if len(known) < 5:
+        return np.full(len(uv), float(np.median(inverse_depth)) if len(known) else 1.0)
+    distance = ((uv[:, None] - known[None]) ** 2).sum(axis=2)
+    nearest = np.argpartition(distance, 4, axis=1)[:, :5]
+    return np.median(inverse_depth[nearest], axis=1)
+
+
+def write_back(assembled: Assembled, solution: Solution, table: LandmarkTable, gate_px: float) -> np.ndarray:
+    """Store poses and points; flag outliers; drop points that lost their observations. Returns inliers [M] bool."""
+    problem = assembled.problem
+    inlier = solution.residual_px < gate_px
+    for k in np.flatnonzero(problem.is_free):
+        assembled.keyframes[k].T_world_camera = solution.T_world_camera[k]
+    for k, keyframe in enumerate(assembled.keyframes):
+        bad = assembled.observation[(problem.camera == k) & ~inlier]
+        keyframe.good[bad] = False
+    support = np.bincount(problem.point, inlier, len(assembled.ids))
+    usable = (support >= 2) & np.isfinite(solution.xyz).all(axis=1)
+    table.drop(assembled.ids[~usable])
+    anchor_ids = np.array([k.id for k in assembled.keyframes])[problem.anchor]
+    origin = solution.T_world_camera[problem.anchor, :3, 3]
+    table.put(
+        assembled.ids[usable], solution.xyz[usable], solution.depth_sigma[usable], anchor_ids[usable], origin[usable]
+    )
+    return inlier

@@ -1,0 +1,444 @@
+"""The sparse map behind the stream: keyframes, their points, and the three ways of using them.
+
+``track`` poses one frame, ``add_keyframe`` grows the map by one keyframe, ``solve`` adjusts a window.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+
+from spark3r_ros.camera import undistort_points
+from spark3r_ros.config import RefineConfig
+from spark3r_ros.frame import CameraModel
+from spark3r_ros.geometry import inverse, make_T
+from spark3r_ros.refine.bootstrap import best_start, rays
+from spark3r_ros.refine.bundle import Problem, Solution, adjust, without
+from spark3r_ros.refine.keyframes import (
+    Assembled,
+    Keyframe,
+    assemble,
+    inverse_depth_priors,
+    normalised,
+    write_back,
+)
+from spark3r_ros.refine.landmarks import LandmarkTable, first_inverse_depth
+from spark3r_ros.refine.pose import MIN_INLIERS, Landmarks, PoseFit, align_rays, fit_pose
+from spark3r_ros.tracks import Tracks
+
+logger = logging.getLogger(__name__)
+
+SIGMA_PX = 1.0  # of a track's position
+_GATE_PX = 3.0
+_DEFAULT_FOCAL = 0.85  # times the image width, when nothing is known
+_DEFAULT_FOCAL_SIGMA = 0.3  # of its logarithm
+_LOCKED_FOCAL_SIGMA = 0.003
+_LOCAL_FREE = 4  # keyframes that move when one is added
+_MAX_FIXED = 8  # older keyframes that hold them
+_MIN_SHARED = 15  # tracks that make two keyframes neighbours
+_RAY_THRESHOLD = 0.02  # radians
+
+
+@dataclass(frozen=True, eq=False)
+class DepthPrior:
+    """A network's depth of one keyframe, in the scale of the world."""
+
+    depth: np.ndarray  # [h, w] z along the optical axis; not finite or <= 0 where unknown
+    K: np.ndarray  # [3, 3] of this depth image, undistorted
+
+
+@dataclass(frozen=True, eq=False)
+class TrackedPose:
+    """The pose of one frame against the map."""
+
+    T_world_camera: np.ndarray  # [4, 4]
+    covariance: np.ndarray  # [6, 6] x y z, rotation about x y z; in the camera frame
+    num_inliers: int
+    residual_px: float  # median of the inliers; NaN without any
+    is_reliable: bool  # False: too few points agreed; translation is a guess and the covariance says so
+
+
+@dataclass(frozen=True, eq=False)
+class RefinedWindow:
+    keyframe_ids: tuple[int, ...]
+    T_world_camera: np.ndarray  # [S, 4, 4]
+    K: np.ndarray  # [3, 3] of the undistorted camera image
+    depth_scale: np.ndarray  # [S] multiply the network's depth by it; 1 where nothing could be compared
+    xyz: np.ndarray  # [N, 3] the window's points, world
+    residual_px: float  # median
+    parallax_deg: float  # median over points of the widest angle between two of the window's rays
+    confidence: float  # in [0, 1): of the translations; pure rotation and blank walls are near 0
+    start: str  # which start won: "network", "essential 0-4", "rotation", ... or "map" after the first window
+
+
+class Refiner:
+    """One map. ``camera`` None: the focal length is estimated, lens distortion taken for none."""
+
+    def __init__(self, config: RefineConfig, width: int, height: int, camera: CameraModel | None = None) -> None:
+        self._config = config
+        self._camera = camera
+        focal = _DEFAULT_FOCAL * width
+        guess = np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1.0]])
+        self.K = guess if camera is None else camera.K.astype(float).copy()
+        self._focal_sigma = _DEFAULT_FOCAL_SIGMA if camera is None else 0.0
+        self._keyframes: dict[int, Keyframe] = {}
+        self._table = LandmarkTable()
+        self._windows = 0
+
+    @property
+    def is_initialised(self) -> bool:
+        return self._windows > 0
+
+    @property
+    def num_landmarks(self) -> int:
+        return len(self._table)
+
+    def pose(self, keyframe_id: int) -> np.ndarray | None:
+        """T_world_camera [4, 4] of a keyframe of the map; None before it has one."""
+        keyframe = self._keyframes.get(keyframe_id)
+        return None if keyframe is None else keyframe.T_world_camera
+
+    # One frame
+
+    def track(self, tracks: Tracks, T_guess: np.ndarray | None = None) -> TrackedPose | None:
+        """Pose a frame against the map, starting at ``T_guess`` [4, 4] or the keyframe it shares most with.
+
+        None while there is no map, or when there is neither a guess nor a keyframe in common.
+        """
+        if not self.is_initialised:
+            return None
+        self._hear(tracks)
+        uv = self._undistort(tracks.uv)
+        nearest = self._nearest_keyframe(tracks.ids)
+        guess = T_guess if T_guess is not None else (nearest.T_world_camera if nearest is not None else None)
+        if guess is None:
+            return None
+        rows, found = self._table.find(tracks.ids)
+        if found.sum() >= 6:
+            rows = rows[found]
+            landmarks = Landmarks(self._table.xyz[rows], self._table.depth_axis(rows), uv[found])
+            fit = fit_pose(landmarks, self.K, guess, SIGMA_PX)
+            if fit.inlier.sum() >= max(MIN_INLIERS, 0.2 * found.sum()):
+                return self._tracked(fit)
+        return self._turned(tracks.ids, uv, nearest, guess)
+
+    def _tracked(self, fit: PoseFit) -> TrackedPose:
+        return TrackedPose(fit.T_world_camera, fit.covariance, int(fit.inlier.sum()), fit.residual_px, True)
+
+    def _turned(self, ids: np.ndarray, uv: np.ndarray, nearest: Keyframe | None, guess: np.ndarray) -> TrackedPose:
+        """Without enough points: the rotation against the nearest keyframe, the translation of the guess."""
+        depth = self._typical_depth()
+        covariance = np.diag([depth**2] * 3 + [1.0] * 3)
+        T, inliers = guess.copy(), 0
+        if nearest is not None and nearest.T_world_camera is not None:
+            _, here, there = np.intersect1d(ids, nearest.ids, assume_unique=True, return_indices=True)
+            if len(here) >= 8:
+                R, inlier = align_rays(rays(nearest.uv[there], self.K), rays(uv[here], self.K), _RAY_THRESHOLD)
+                inliers = int(inlier.sum())
+                if inliers >= 8:
+                    T[:3, :3] = nearest.T_world_camera[:3, :3] @ R
+                    covariance[3:, 3:] = np.eye(3) * _RAY_THRESHOLD**2
+        return TrackedPose(T, covariance, inliers, float("nan"), False)
+
+    # One keyframe
+
+    def add_keyframe(self, keyframe_id: int, tracks: Tracks, T_guess: np.ndarray | None = None) -> TrackedPose | None:
+        """Pose a keyframe, give depth to its points and adjust it with its neighbours; before the first window: store.
+
+        ``ValueError`` when the number is not larger than all before.
+        """
+        if self._keyframes and keyframe_id <= max(self._keyframes):
+            raise ValueError(f"keyframe ids must grow, got {keyframe_id} after {max(self._keyframes)}")
+        pose = self.track(tracks, T_guess)
+        self._hear(tracks)
+        keyframe = Keyframe(keyframe_id, tracks.ids, self._undistort(tracks.uv))
+        self._keyframes[keyframe_id] = keyframe
+        if pose is None:
+            return None
+        keyframe.T_world_camera = pose.T_world_camera
+        if pose.is_reliable:
+            posed = self._posed()
+            recent = posed[-_LOCAL_FREE:]
+            self._adjust(recent, self._neighbours(recent), iterations=4)
+        self._extend([keyframe])
+        self._forget()
+        assert keyframe.T_world_camera is not None
+        return TrackedPose(
+            keyframe.T_world_camera, pose.covariance, pose.num_inliers, pose.residual_px, pose.is_reliable
+        )
+
+    # One window
+
+    def solve(
+        self,
+        keyframe_ids: Sequence[int],
+        T_world_camera: np.ndarray | None = None,
+        depths: Mapping[int, DepthPrior] | None = None,
+    ) -> RefinedWindow | None:
+        """Adjust the window's keyframes (all were added before); the first call makes the map.
+
+        ``T_world_camera`` [S, 4, 4] and ``depths`` are a network's answer in the scale of the world; both may be None.
+        None when the tracks do not allow a first map yet. ``KeyError`` for a keyframe that is not in the map.
+        """
+        window = [self._keyframes[i] for i in sorted(keyframe_ids)]
+        start = "map"
+        if not self.is_initialised:
+            start = self._bootstrap(window, T_world_camera, depths or {})
+            if not start:
+                return None
+        else:
+            for i, keyframe in enumerate(window):
+                if keyframe.T_world_camera is None and T_world_camera is not None:
+                    keyframe.T_world_camera = T_world_camera[i]
+        self._take_depths(window, depths or {})
+        solved = self._adjust_window(window)
+        self._windows += 1
+        self._extend(self._posed())
+        return self._report(window, depths or {}, solved, start)
+
+    def _bootstrap(self, window: list[Keyframe], T_network: np.ndarray | None, depths: Mapping[int, DepthPrior]) -> str:
+        """Poses and points of the first window; the name of the start, empty when there is none."""
+        start = best_start(window, self.K, T_network, SIGMA_PX, self._focal_sigma)
+        if start is None:
+            return ""
+        self.K = start.K
+        for keyframe, T in zip(window, start.T_world_camera):
+            keyframe.T_world_camera = T
+        self._adjust(window[1:], window[:1], iterations=15, focal_sigma=self._focal_sigma)
+        scale, known = self._scale_to(window, depths)
+        if not known and T_network is not None:
+            ours = np.stack([k.T_world_camera[:3, 3] for k in window if k.T_world_camera is not None])
+            length = np.linalg.norm(np.diff(ours, axis=0), axis=1).sum()
+            scale = np.linalg.norm(np.diff(T_network[:, :3, 3], axis=0), axis=1).sum() / max(length, 1e-9)
+        first = window[0].T_world_camera
+        assert first is not None
+        target = np.eye(4) if T_network is None else T_network[0]
+        self._move_world(target @ inverse(first), scale, first[:3, 3])
+        logger.info("first window: start %s, robust cost %.3f per observation", start.name, start.cost)
+        return start.name
+
+    def _scale_to(self, window: list[Keyframe], depths: Mapping[int, DepthPrior]) -> tuple[float, bool]:
+        """World scale over the map's scale: of the network's depth, or what makes the median depth 1."""
+        ratios = [self._depth_ratio(k, depths[k.id]) for k in window if k.id in depths]
+        logs = np.log([r for r in ratios if r is not None])
+        if len(logs):
+            return float(np.exp(-np.median(logs))), True
+        return 1.0 / self._typical_depth(window[0]), False
+
+    def _move_world(self, T: np.ndarray, scale: float, origin: np.ndarray) -> None:
+        """Scale the map around ``origin``, then move it by the rigid T."""
+        for keyframe in self._keyframes.values():
+            if keyframe.T_world_camera is not None:
+                moved = keyframe.T_world_camera.copy()
+                moved[:3, 3] = origin + scale * (moved[:3, 3] - origin)
+                keyframe.T_world_camera = T @ moved
+        for name in ("xyz", "origin"):
+            points = origin + scale * (getattr(self._table, name) - origin)
+            setattr(self._table, name, points @ T[:3, :3].T + T[:3, 3])
+
+    def _adjust_window(self, window: list[Keyframe]) -> tuple[Assembled, Solution] | None:
+        if self._focal_sigma > 0:  # the focal length moves: nothing that was solved with another one may hold still
+            posed = self._posed()
+            before = self._typical_depth(posed[0])
+            solved = self._adjust(posed[1:], posed[:1], iterations=12, focal_sigma=self._focal_sigma)
+            T = posed[0].T_world_camera
+            assert T is not None
+            self._move_world(np.eye(4), before / self._typical_depth(posed[0]), T[:3, 3])
+            if self._windows >= 2 or (solved is not None and solved[1].focal_sigma < _LOCKED_FOCAL_SIGMA):
+                self._focal_sigma = 0.0
+            return solved
+        posed = [k for k in window if k.T_world_camera is not None]
+        fixed = self._neighbours(posed)
+        if len(fixed) < 2:
+            fixed, posed = fixed + posed[: 2 - len(fixed)], posed[2 - len(fixed) :]
+        return self._adjust(posed, fixed, iterations=10)
+
+    # Adjustment
+
+    def _adjust(
+        self, free: list[Keyframe], fixed: list[Keyframe], iterations: int, focal_sigma: float = 0.0
+    ) -> tuple[Assembled, Solution] | None:
+        """Adjust the free keyframes and all they see, drop outliers, adjust again, store."""
+        members = sorted(free + fixed, key=lambda k: k.id)
+        T = np.stack([k.T_world_camera for k in members if k.T_world_camera is not None])
+        free_ids = {k.id for k in free}
+        is_free = np.array([k.id in free_ids for k in members])
+        assembled = assemble(members, T, is_free, self._table, self.K, SIGMA_PX, focal_sigma)
+        if assembled is None:
+            return None
+        solution = adjust(assembled.problem, iterations)
+        inlier = solution.residual_px < _GATE_PX
+        if inlier.mean() < 0.98 and inlier.sum() > 20:
+            cleaned = without(assembled.problem, inlier)
+            again = adjust(_restarted(cleaned, solution), max(2, iterations // 3))
+            residual = np.full(len(inlier), np.inf)
+            residual[inlier] = again.residual_px
+            solution = Solution(
+                again.T_world_camera, again.focal, again.xyz, residual, again.depth_sigma, again.focal_sigma,
+                again.cost, solution.iterations + again.iterations,
+            )  # fmt: skip
+        write_back(assembled, solution, self._table, _GATE_PX)
+        if focal_sigma > 0:
+            self.K = self.K.copy()
+            self.K[[0, 1], [0, 1]] = solution.focal
+        return assembled, solution
+
+    def _extend(self, keyframes: Sequence[Keyframe]) -> None:
+        """Give a first depth to points of these keyframes that have none; a lone observation gets its prior."""
+        posed = self._posed()
+        if not posed:
+            return
+        wanted = np.unique(np.concatenate([k.ids[k.good] for k in keyframes if k.T_world_camera is not None]))
+        wanted = wanted[~self._table.find(wanted)[1]]
+        if len(wanted) == 0:
+            return
+        rows = [np.flatnonzero(k.good & np.isin(k.ids, wanted)) for k in posed]
+        ids = np.concatenate([k.ids[r] for k, r in zip(posed, rows)])
+        order = np.argsort(ids, kind="stable")
+        unique, starts, point = np.unique(ids[order], return_index=True, return_inverse=True)
+        camera = np.repeat(np.arange(len(posed)), [len(r) for r in rows])[order]
+        observation = np.concatenate(rows)[order]
+        uv = np.concatenate([k.uv[r] for k, r in zip(posed, rows)])[order]
+        T = np.stack([k.T_world_camera for k in posed if k.T_world_camera is not None])
+        anchor = camera[starts]
+        prior, sigma = inverse_depth_priors(posed, T, self._table, anchor, observation[starts])
+        xy = normalised(uv, self.K)
+        noise = SIGMA_PX / self.K[0, 0]
+        inverse_depth, information = first_inverse_depth(
+            T, xy, camera, point, anchor, xy[starts], prior, (noise / prior / sigma) ** 2
+        )
+        local = np.concatenate([xy[starts], np.ones((len(starts), 1))], axis=1) / inverse_depth[:, None]
+        origin = T[anchor, :3, 3]
+        xyz = np.einsum("pij,pj->pi", T[anchor, :3, :3], local) + origin
+        anchor_ids = np.array([k.id for k in posed])[anchor]
+        self._table.put(unique, xyz, noise / np.sqrt(information) / inverse_depth, anchor_ids, origin)
+
+    # The network's depth
+
+    def _sample(self, keyframe: Keyframe, prior: DepthPrior) -> np.ndarray:
+        """Depth [N] at the keyframe's tracks; NaN where there is none."""
+        uv = normalised(keyframe.uv, self.K) * np.array([prior.K[0, 0], prior.K[1, 1]]) + prior.K[:2, 2]
+        depth = prior.depth.astype(np.float32)
+        known = np.isfinite(depth) & (depth > 0)
+        grid = uv.astype(np.float32).reshape(-1, 1, 2)
+        values = cv2.remap(np.where(known, depth, 0), grid, None, cv2.INTER_NEAREST, borderValue=(0,)).ravel()
+        return np.where(values > 0, values, np.nan).astype(float)
+
+    def _depth_ratio(self, keyframe: Keyframe, prior: DepthPrior) -> float | None:
+        """Map depth over the network's depth: median over well-known points; None with fewer than ten."""
+        T = keyframe.T_world_camera
+        rows, found = self._table.find(keyframe.ids)
+        if T is None or not found.any():
+            return None
+        found &= self._table.depth_sigma[rows] < 0.2
+        depth = (self._table.xyz[rows[found]] - T[:3, 3]) @ T[:3, 2]
+        ratio = depth / self._sample(keyframe, prior)[found]
+        ratio = ratio[np.isfinite(ratio) & (ratio > 0)]
+        return float(np.median(ratio)) if len(ratio) >= 10 else None
+
+    def _take_depths(self, window: list[Keyframe], depths: Mapping[int, DepthPrior]) -> None:
+        for keyframe in window:
+            if keyframe.id in depths:
+                ratio = self._depth_ratio(keyframe, depths[keyframe.id])
+                keyframe.prior_depth = self._sample(keyframe, depths[keyframe.id]) * (1.0 if ratio is None else ratio)
+
+    # Book-keeping
+
+    def _hear(self, tracks: Tracks) -> None:
+        """Points that earlier keyframes turned out to show."""
+        for late in tracks.late:
+            keyframe = self._keyframes.get(late.keyframe_id)
+            if keyframe is not None and not np.isin(late.ids, keyframe.ids).all():
+                keyframe.add(late.ids, self._undistort(late.uv))
+                if keyframe.T_world_camera is not None:
+                    self._extend([keyframe])
+
+    def _undistort(self, uv: np.ndarray) -> np.ndarray:
+        return uv.astype(float) if self._camera is None else undistort_points(self._camera, uv)
+
+    def _posed(self) -> list[Keyframe]:
+        return [k for k in self._keyframes.values() if k.T_world_camera is not None]
+
+    def _nearest_keyframe(self, ids: np.ndarray) -> Keyframe | None:
+        shared = {k.id: int(np.isin(ids, k.ids).sum()) for k in self._posed()}
+        if not shared or max(shared.values()) == 0:
+            return None
+        return self._keyframes[max(shared, key=lambda i: (shared[i], i))]
+
+    def _neighbours(self, free: list[Keyframe]) -> list[Keyframe]:
+        """Posed keyframes outside of ``free`` that share the most tracks with it."""
+        inside = {k.id for k in free}
+        seen = np.unique(np.concatenate([k.ids[k.good] for k in free])) if free else np.zeros(0, np.int64)
+        shared = [(int(np.isin(k.ids, seen).sum()), k.id) for k in self._posed() if k.id not in inside]
+        best = sorted((s for s in shared if s[0] >= _MIN_SHARED), reverse=True)[:_MAX_FIXED]
+        return [self._keyframes[i] for _, i in best]
+
+    def _forget(self) -> None:
+        """Keep the map bounded: the oldest keyframes go, and the points that no kept keyframe sees."""
+        excess = len(self._keyframes) - self._config.max_keyframes
+        if excess <= 0:
+            return
+        for keyframe_id in sorted(self._keyframes)[:excess]:
+            del self._keyframes[keyframe_id]
+        seen = np.unique(np.concatenate([k.ids for k in self._keyframes.values()]))
+        self._table.select(np.isin(self._table.ids, seen))
+
+    def _typical_depth(self, keyframe: Keyframe | None = None) -> float:
+        """Median depth of the points that a keyframe (the last one) sees; 1 without any."""
+        posed = self._posed()
+        if keyframe is None and posed:
+            keyframe = posed[-1]
+        if keyframe is None or keyframe.T_world_camera is None:
+            return 1.0
+        rows, found = self._table.find(keyframe.ids)
+        if not found.any():
+            return 1.0
+        T = keyframe.T_world_camera
+        depth = (self._table.xyz[rows[found]] - T[:3, 3]) @ T[:3, 2]
+        return float(np.median(depth[depth > 0])) if (depth > 0).any() else 1.0
+
+    def _report(
+        self,
+        window: list[Keyframe],
+        depths: Mapping[int, DepthPrior],
+        solved: tuple[Assembled, Solution] | None,
+        start: str,
+    ) -> RefinedWindow:
+        scale = np.ones(len(window))
+        for i, keyframe in enumerate(window):
+            ratio = self._depth_ratio(keyframe, depths[keyframe.id]) if keyframe.id in depths else None
+            scale[i] = 1.0 if ratio is None else ratio
+        poses = [k.T_world_camera if k.T_world_camera is not None else make_T(np.eye(3), np.zeros(3)) for k in window]
+        ids = tuple(k.id for k in window)
+        if solved is None:
+            return RefinedWindow(ids, np.stack(poses), self.K, scale, np.zeros((0, 3)), float("nan"), 0.0, 0.0, start)
+        assembled, solution = solved
+        finite = solution.residual_px[np.isfinite(solution.residual_px)]
+        residual = float(np.median(finite)) if len(finite) else float("nan")
+        parallax = _parallax(assembled, solution)
+        kept = float((solution.residual_px < _GATE_PX).mean())
+        known = float((solution.depth_sigma < 0.3).mean())
+        confidence = kept * known * float(1.0 - np.exp(-parallax / 1.0)) * float(np.exp(-((residual / 3.0) ** 2)))
+        return RefinedWindow(
+            ids, np.stack(poses), self.K, scale, solution.xyz, residual, parallax, min(confidence, 0.999), start
+        )
+
+
+def _restarted(problem: Problem, solution: Solution) -> Problem:
+    return replace(problem, T_world_camera=solution.T_world_camera, focal=solution.focal, xyz=solution.xyz)
+
+
+def _parallax(assembled: Assembled, solution: Solution) -> float:
+    """Median over points of the widest angle in degrees between the anchor's ray and another."""
+    problem = assembled.problem
+    rays_here = solution.xyz[problem.point] - solution.T_world_camera[problem.camera, :3, 3]
+    rays_anchor = (solution.xyz - solution.T_world_camera[problem.anchor, :3, 3])[problem.point]
+    cosine = (rays_here * rays_anchor).sum(axis=1)
+    cosine /= np.maximum(np.linalg.norm(rays_here, axis=1) * np.linalg.norm(rays_anchor, axis=1), 1e-12)
+    widest = np.ones(len(assembled.ids))
+    np.minimum.at(widest, problem.point, cosine)
+    return float(np.degrees(np.median(np.arccos(np.clip(widest, -1.0, 1.0)))))

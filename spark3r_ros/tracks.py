@@ -1,0 +1,325 @@
+"""Feature tracks: which pixel of this frame shows the same point as which pixel of earlier frames.
+
+Corners are followed from frame to frame by pyramidal Lucas-Kanade with a forward-backward check and then settled on
+their patch in the last keyframe, so that errors do not add up in between. When too few survive (wide baseline, fast
+rotation, blur) SIFT descriptors find the points of the last keyframes again; such finds may name points of an earlier
+keyframe that nobody had asked for, which is what ``Tracks.late`` reports.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import cv2
+import numpy as np
+
+from spark3r_ros.camera import undistort_points
+from spark3r_ros.config import RefineConfig
+from spark3r_ros.frame import CameraModel
+
+_WINDOW = (17, 17)
+_LEVELS = 4
+_STOP = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 20, 0.02)
+_FORWARD_BACKWARD_PX = 0.8
+_SETTLE_PX = 2.0  # a point that its keyframe patch moves further than this is kept where the chain left it
+_EPIPOLAR_PX = 1.5
+_MIN_MATCHES = 16
+_KEPT_KEYFRAMES = 6  # that descriptors are compared with
+_GRID = (8, 6)
+
+
+@dataclass(frozen=True, eq=False)
+class LateMatches:
+    """Points of an earlier keyframe that were recognised only now."""
+
+    keyframe_id: int
+    ids: np.ndarray  # [N] int64
+    uv: np.ndarray  # [N, 2] pixels of the keyframe's image as it came from the camera
+
+
+@dataclass(frozen=True, eq=False)
+class Tracks:
+    """The points that one frame shows."""
+
+    ids: np.ndarray  # [N] int64 ascending; the same number is the same point of the scene
+    uv: np.ndarray  # [N, 2] pixels of the image as it came from the camera (distorted)
+    flow_px: float  # median motion since the last keyframe; NaN before the first, inf when no point is shared with it
+    survival: float  # share of the last keyframe's points that are still seen
+    late: tuple[LateMatches, ...] = ()
+
+
+@dataclass(eq=False)
+class _Keyframe:
+    id: int
+    gray: np.ndarray
+    ids: np.ndarray  # [N] ascending
+    uv: np.ndarray  # [N, 2]
+    features: _Features | None = None
+
+
+@dataclass(eq=False)
+class _Features:
+    """SIFT features; those that were never given out as an observation are not ``known``."""
+
+    uv: np.ndarray  # [F, 2]
+    descriptors: np.ndarray  # [F, 128] unit length
+    ids: np.ndarray  # [F]; -1: no number yet
+    known: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+
+
+class FeatureTracker:
+    """Follows points through a video. Same images, same tracks, bit for bit."""
+
+    def __init__(self, config: RefineConfig, camera: CameraModel | None = None) -> None:
+        self._config = config
+        self._camera = camera
+        self._sift = cv2.SIFT_create(config.features * 2, contrastThreshold=0.02)
+        self._gray: np.ndarray | None = None
+        self._ids = np.zeros(0, np.int64)
+        self._uv = np.zeros((0, 2))
+        self._velocity = np.zeros((0, 2))
+        self._features: _Features | None = None  # of the current frame, when descriptors were needed
+        self._keyframes: deque[_Keyframe] = deque(maxlen=_KEPT_KEYFRAMES)
+        self._next_id = 0
+
+    def track(self, gray: np.ndarray) -> Tracks:
+        """Follow all points into ``gray`` [H, W] uint8. ``ValueError`` when the image changes size or type."""
+        if gray.dtype != np.uint8 or gray.ndim != 2:
+            raise ValueError(f"tracking needs a grey uint8 image, got {gray.dtype} of shape {gray.shape}")
+        if self._gray is not None and gray.shape != self._gray.shape:
+            raise ValueError(f"the image size changed from {self._gray.shape} to {gray.shape}; reset the tracker")
+        previous, self._gray, self._features = self._gray, gray, None
+        late: tuple[LateMatches, ...] = ()
+        if previous is not None and self._keyframes:
+            before = len(self._ids)
+            self._follow(previous, gray)
+            if len(self._ids) < max(self._config.min_survival * before, _MIN_MATCHES * 2):
+                late = self._match(gray)
+        return self._tracks(late)
+
+    def set_keyframe(self, keyframe_id: int) -> Tracks:
+        """Make the frame just tracked a keyframe: new points fill the empty parts of the image.
+
+        Returns the frame's tracks with them. ``RuntimeError`` before the first frame.
+        """
+        if self._gray is None:
+            raise RuntimeError("set_keyframe needs a tracked frame; call track first")
+        if self._features is None:
+            self._add(self._detect(self._gray))
+        else:
+            self._adopt_features(self._features)
+        self._keyframes.append(_Keyframe(keyframe_id, self._gray, self._ids, self._uv, self._features))
+        return self._tracks(())
+
+    def _tracks(self, late: tuple[LateMatches, ...]) -> Tracks:
+        if not self._keyframes:
+            return Tracks(self._ids, self._uv, float("nan"), 1.0, late)
+        last = self._keyframes[-1]
+        ids, uv = last.ids, last.uv
+        for found in late:
+            if found.keyframe_id == last.id:
+                ids, uv = np.concatenate([ids, found.ids]), np.concatenate([uv, found.uv])
+        _, here, there = np.intersect1d(self._ids, ids, assume_unique=True, return_indices=True)
+        if len(here) == 0:
+            return Tracks(self._ids, self._uv, float("inf"), 0.0, late)
+        flow = float(np.median(np.linalg.norm(self._uv[here] - uv[there], axis=1)))
+        return Tracks(self._ids, self._uv, flow, len(here) / max(len(last.ids), 1), late)
+
+    # Following
+
+    def _follow(self, previous: np.ndarray, gray: np.ndarray) -> None:
+        uv, good = _flow(previous, gray, self._uv, self._uv + self._velocity)
+        if not good.all():  # the motion was not constant: try again from standstill
+            again, good_again = _flow(previous, gray, self._uv[~good], self._uv[~good])
+            uv[~good], good[~good] = again, good_again
+        velocity = uv - self._uv
+        self._keep(good, uv, velocity)
+        self._settle(gray)
+        self._reject_outliers()
+
+    def _settle(self, gray: np.ndarray) -> None:
+        """Move points to where they match their patch in the last keyframe best."""
+        last = self._keyframes[-1]
+        _, here, there = np.intersect1d(self._ids, last.ids, assume_unique=True, return_indices=True)
+        if len(here) == 0:
+            return
+        uv, good = _flow(last.gray, gray, last.uv[there], self._uv[here], levels=1)
+        good &= np.linalg.norm(uv - self._uv[here], axis=1) < _SETTLE_PX
+        self._uv = self._uv.copy()
+        self._uv[here[good]] = uv[good]
+
+    def _reject_outliers(self) -> None:
+        last = self._keyframes[-1]
+        _, here, there = np.intersect1d(self._ids, last.ids, assume_unique=True, return_indices=True)
+        moved = np.linalg.norm(self._uv[here] - last.uv[there], axis=1) > _EPIPOLAR_PX
+        if moved.sum() < _MIN_MATCHES:  # no epipolar geometry in a camera that stands still
+            return
+        inlier = self._epipolar_inliers(last.uv[there], self._uv[here])
+        keep = np.ones(len(self._ids), bool)
+        keep[here[~inlier]] = False
+        self._keep(keep, self._uv, self._velocity)
+
+    def _epipolar_inliers(self, uv0: np.ndarray, uv1: np.ndarray) -> np.ndarray:
+        """[N] bool: matches that agree with one fundamental matrix."""
+        if self._camera is not None:
+            uv0, uv1 = undistort_points(self._camera, uv0), undistort_points(self._camera, uv1)
+        try:
+            _, mask = cv2.findFundamentalMat(uv0, uv1, cv2.USAC_MAGSAC, _EPIPOLAR_PX, 0.999, 300)
+        except cv2.error:  # OpenCV 5 asserts when no sample gives a model: a camera that stands still
+            return np.ones(len(uv0), bool)
+        return np.zeros(len(uv0), bool) if mask is None else mask.ravel().astype(bool)
+
+    def _keep(self, keep: np.ndarray, uv: np.ndarray, velocity: np.ndarray) -> None:
+        self._ids, self._uv, self._velocity = self._ids[keep], uv[keep], velocity[keep]
+
+    # New points
+
+    def _detect(self, gray: np.ndarray) -> np.ndarray:
+        """New corners [N, 2], strongest first in each cell of a grid, away from the points that are followed."""
+        height, width = gray.shape
+        distance = max(5, round(0.012 * width))
+        response = cv2.cornerMinEigenVal(gray, 5)
+        peak = response >= cv2.dilate(response, np.ones((5, 5), np.uint8))
+        mask = np.zeros_like(gray)
+        border = _WINDOW[0] // 2
+        mask[border:-border, border:-border] = 255
+        for x, y in np.round(self._uv).astype(int):
+            cv2.circle(mask, (int(x), int(y)), distance, 0, -1)
+        floor = max(1e-4 * float(response.max()), 2e-5)
+        v, u = np.nonzero(peak & (mask > 0) & (response > floor))
+        order = np.argsort(-response[v, u], kind="stable")
+        v, u = v[order], u[order]
+        quota = self._cell_quota(width, height)
+        chosen: list[tuple[int, int]] = []
+        taken = mask == 0
+        columns, rows = _GRID
+        for x, y in zip(u.tolist(), v.tolist()):
+            cell = (y * rows // height) * columns + x * columns // width
+            if quota[cell] <= 0 or taken[y, x]:
+                continue
+            quota[cell] -= 1
+            chosen.append((x, y))
+            taken[max(0, y - distance) : y + distance + 1, max(0, x - distance) : x + distance + 1] = True
+        return np.array(chosen, dtype=float).reshape(-1, 2)
+
+    def _cell_quota(self, width: int, height: int) -> np.ndarray:
+        columns, rows = _GRID
+        cell = (self._uv[:, 1] * rows / height).astype(int).clip(0, rows - 1) * columns
+        cell += (self._uv[:, 0] * columns / width).astype(int).clip(0, columns - 1)
+        per_cell = -(-self._config.features // (columns * rows))
+        return per_cell - np.bincount(cell, minlength=columns * rows)
+
+    def _add(self, uv: np.ndarray) -> np.ndarray:
+        ids = np.arange(self._next_id, self._next_id + len(uv), dtype=np.int64)
+        self._next_id += len(uv)
+        self._ids, self._uv = np.concatenate([self._ids, ids]), np.concatenate([self._uv, uv])
+        self._velocity = np.concatenate([self._velocity, np.zeros((len(uv), 2))])
+        return ids
+
+    def _adopt_features(self, features: _Features) -> None:
+        """Features of a keyframe that has no number yet become new points."""
+        fresh = np.flatnonzero(features.ids < 0)
+        features.ids[fresh] = self._add(features.uv[fresh])
+        features.known[:] = True
+
+    # Wide baselines
+
+    def _match(self, gray: np.ndarray) -> tuple[LateMatches, ...]:
+        """Find the points of the last keyframes by their descriptors."""
+        here = self._extract(gray)
+        self._features = here
+        late = []
+        for keyframe in reversed(self._keyframes):
+            if keyframe.features is None:
+                keyframe.features = self._extract(keyframe.gray)
+                count = len(keyframe.features.ids)
+                keyframe.features.ids = np.arange(self._next_id, self._next_id + count, dtype=np.int64)
+                self._next_id += count
+            matches = self._match_features(here, keyframe.features)
+            late.append(_claim(here, keyframe, matches))
+        self._take_over(here)
+        return tuple(found for found in late if len(found.ids))
+
+    def _extract(self, gray: np.ndarray) -> _Features:
+        keypoints, descriptors = self._sift.detectAndCompute(gray, None)
+        uv = np.array([k.pt for k in keypoints], dtype=float).reshape(-1, 2)
+        if len(uv) == 0:
+            return _Features(uv, np.zeros((0, 128), np.float32), np.zeros(0, np.int64), np.zeros(0, bool))
+        _, first = np.unique(np.round(uv, 1), axis=0, return_index=True)  # one orientation per place
+        first.sort()
+        root = np.sqrt(descriptors[first] / np.maximum(descriptors[first].sum(axis=1, keepdims=True), 1e-9))
+        return _Features(uv[first], root, np.full(len(first), -1, np.int64), np.zeros(len(first), bool))
+
+    def _match_features(self, here: _Features, there: _Features) -> np.ndarray:
+        """[N, 2] feature numbers here and there: mutual best, clearly better than the second, on one epipolar line."""
+        if min(len(here.ids), len(there.ids)) < _MIN_MATCHES:
+            return np.zeros((0, 2), int)
+        similarity = here.descriptors @ there.descriptors.T
+        best = similarity.argmax(axis=1)
+        rows = np.arange(len(best))
+        first = similarity[rows, best]
+        similarity_of_others = similarity.copy()
+        similarity_of_others[rows, best] = -1.0
+        second = similarity_of_others.max(axis=1)
+        distinct = (1.0 - first) < self._config.match_ratio**2 * (1.0 - second)
+        mutual = similarity.argmax(axis=0)[best] == rows
+        pairs = np.stack([rows, best], axis=1)[distinct & mutual]
+        if len(pairs) < _MIN_MATCHES:
+            return np.zeros((0, 2), int)
+        inlier = self._epipolar_inliers(there.uv[pairs[:, 1]], here.uv[pairs[:, 0]])
+        if inlier.sum() < max(_MIN_MATCHES, 0.3 * len(pairs)):
+            return np.zeros((0, 2), int)
+        return pairs[inlier]
+
+    def _take_over(self, here: _Features) -> None:
+        """The numbered features replace points that were followed to the same place."""
+        numbered = here.ids >= 0
+        ids, uv = here.ids[numbered], here.uv[numbered]
+        if len(ids) == 0:
+            return
+        order = np.argsort(ids, kind="stable")
+        ids, uv = ids[order], uv[order]
+        apart = ~np.isin(self._ids, ids)
+        distance = np.linalg.norm(self._uv[:, None] - uv[None], axis=2).min(axis=1)
+        apart &= distance > 3.0
+        ids, uv = np.concatenate([self._ids[apart], ids]), np.concatenate([self._uv[apart], uv])
+        order = np.argsort(ids, kind="stable")
+        self._ids, self._uv = ids[order], uv[order]
+        self._velocity = np.zeros_like(self._uv)
+
+
+def _claim(here: _Features, keyframe: _Keyframe, matches: np.ndarray) -> LateMatches:
+    """Give the features here the numbers of their matches, unless a later keyframe has named them already."""
+    there = keyframe.features
+    assert there is not None
+    mine, theirs = matches[:, 0], matches[:, 1]
+    free = (here.ids[mine] < 0) & ~np.isin(there.ids[theirs], here.ids)
+    mine, theirs = mine[free], theirs[free]
+    here.ids[mine] = there.ids[theirs]
+    fresh = theirs[~there.known[theirs]]
+    there.known[fresh] = True
+    return LateMatches(keyframe.id, there.ids[fresh], there.uv[fresh])
+
+
+def _flow(
+    image0: np.ndarray, image1: np.ndarray, uv0: np.ndarray, guess: np.ndarray, levels: int = _LEVELS
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions [N, 2] in image1 of the points uv0 [N, 2] and whether they came back to where they started [N]."""
+    if len(uv0) == 0:
+        return np.zeros((0, 2)), np.zeros(0, bool)
+    p0 = np.ascontiguousarray(uv0, dtype=np.float32).reshape(-1, 1, 2)
+    flags = cv2.OPTFLOW_USE_INITIAL_FLOW
+    start = np.ascontiguousarray(guess, dtype=np.float32).reshape(-1, 1, 2)
+    p1, found, _ = cv2.calcOpticalFlowPyrLK(
+        image0, image1, p0, start.copy(), winSize=_WINDOW, maxLevel=levels, criteria=_STOP, flags=flags
+    )
+    back, found_back, _ = cv2.calcOpticalFlowPyrLK(
+        image1, image0, p1, (p1 - start + p0).copy(), winSize=_WINDOW, maxLevel=levels, criteria=_STOP, flags=flags
+    )
+    uv1 = p1.reshape(-1, 2).astype(float)
+    error = np.linalg.norm((back - p0).reshape(-1, 2), axis=1)
+    height, width = image1.shape
+    inside = (uv1 > 1).all(axis=1) & (uv1[:, 0] < width - 2) & (uv1[:, 1] < height - 2)
+    good = (found.ravel() > 0) & (found_back.ravel() > 0) & (error < _FORWARD_BACKWARD_PX) & inside
+    return uv1, good
