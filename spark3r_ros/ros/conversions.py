@@ -1,0 +1,234 @@
+"""Messages to arrays and back. Pure functions of messages and numpy arrays; nothing here talks to a network."""
+
+from __future__ import annotations
+
+import array
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from geometry_msgs.msg import Pose, PoseStamped, Quaternion, Transform, TransformStamped
+from nav_msgs.msg import Odometry, Path
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2, PointField
+from std_msgs.msg import Header
+
+from spark3r_ros import encodings, geometry
+from spark3r_ros.frame import CameraModel, PointBatch
+from spark3r_ros.ros import optional, stamps
+
+
+class CameraInfoError(ValueError):
+    """A CameraInfo that does not describe the images; the message names what is wrong with it."""
+
+
+def decode_image(msg: Image) -> np.ndarray:
+    """A raw image as [H, W, 3] uint8 RGB. Raises ImageError; unknown encodings are tried with cv_bridge first."""
+    if msg.encoding not in encodings.ENCODINGS:
+        other = optional.decode_with_cv_bridge(msg)
+        if other is not None:
+            return other
+    return encodings.decode(msg.encoding, msg.data, msg.height, msg.width, msg.step, bool(msg.is_bigendian))
+
+
+def decode_compressed(msg: CompressedImage) -> np.ndarray:
+    """A JPEG or PNG image as [H, W, 3] uint8 RGB. Raises ImageError."""
+    return encodings.decode_compressed(msg.data, f"compressed image of format {msg.format!r}")
+
+
+def decode_depth(msg: Image) -> np.ndarray:
+    """Depth [H, W] float32 in metres, NaN where unknown (REP-118). Raises ImageError."""
+    return encodings.decode_depth(msg.encoding, msg.data, msg.height, msg.width, msg.step, bool(msg.is_bigendian))
+
+
+def camera_model(msg: CameraInfo, width: int, height: int, *, rectified: bool) -> CameraModel | None:
+    """Intrinsics for images of ``width`` x ``height``, with binning and region of interest applied.
+
+    None when the camera says that it is not calibrated (K[0] = 0). CameraInfoError when sizes or model do not fit.
+    ``rectified``: the images are undistorted, so the left part of P counts and D does not.
+    """
+    if msg.k[0] == 0.0:
+        return None
+    matrix = np.array(msg.p, dtype=float).reshape(3, 4)[:, :3] if rectified else np.array(msg.k).reshape(3, 3)
+    if matrix[0, 0] <= 0 or matrix[1, 1] <= 0:
+        raise CameraInfoError(f"focal lengths must be positive, got {matrix[0, 0]:g} and {matrix[1, 1]:g}")
+    binning = np.array([max(msg.binning_x, 1), max(msg.binning_y, 1)])
+    roi = msg.roi
+    full = (roi.width or msg.width, roi.height or msg.height)
+    size = (full[0] // int(binning[0]), full[1] // int(binning[1]))
+    if (width, height) != size:
+        raise CameraInfoError(
+            f"camera_info is for images of {size[0]} x {size[1]} pixels, the images have {width} x {height}"
+        )
+    K = matrix.copy()
+    K[0, 2] -= roi.x_offset
+    K[1, 2] -= roi.y_offset
+    # the centre of the binned pixel 0 lies (b - 1) / 2 pixels to the right of that of the full pixel 0
+    K[:2, 2] -= (binning - 1) / 2
+    K[:2] /= binning[:, None]
+    model, coefficients = _distortion(msg)
+    if rectified:
+        model, coefficients = "none", ()
+    return CameraModel(width, height, K, model, coefficients)
+
+
+def _distortion(msg: CameraInfo) -> tuple[str, tuple[float, ...]]:
+    if not any(msg.d):
+        return "none", ()
+    lengths = {"plumb_bob": (4, 5), "rational_polynomial": (8,), "equidistant": (4,)}
+    if msg.distortion_model not in lengths:
+        raise CameraInfoError(f"distortion model {msg.distortion_model!r} is not known; known are {', '.join(lengths)}")
+    if len(msg.d) not in lengths[msg.distortion_model]:
+        raise CameraInfoError(f"{msg.distortion_model} does not have {len(msg.d)} coefficients")
+    return msg.distortion_model, tuple(float(d) for d in msg.d)
+
+
+# ---- poses ----------------------------------------------------------------------------------------------------------
+
+
+def matrix_from_transform(transform: Transform) -> np.ndarray:
+    """T_parent_child [4, 4]. ValueError when the quaternion is not one."""
+    q, t = transform.rotation, transform.translation
+    return _matrix((q.x, q.y, q.z, q.w), (t.x, t.y, t.z))
+
+
+def matrix_from_pose(pose: Pose) -> np.ndarray:
+    """T_parent_body [4, 4]. ValueError when the quaternion is not one."""
+    q, p = pose.orientation, pose.position
+    return _matrix((q.x, q.y, q.z, q.w), (p.x, p.y, p.z))
+
+
+def _matrix(quat_xyzw: tuple[float, ...], translation: tuple[float, ...]) -> np.ndarray:
+    norm = float(np.linalg.norm(quat_xyzw))
+    if not (abs(norm - 1.0) < 0.01 and np.all(np.isfinite(translation))):
+        raise ValueError(f"quaternion {quat_xyzw} and translation {translation} are not a rigid transform")
+    return geometry.make_T(optional.matrix_from_quat_xyzw(np.array(quat_xyzw)), np.array(translation))
+
+
+def transform_message(parent: str, child: str, stamp_ns: int, T_parent_child: np.ndarray) -> TransformStamped:
+    msg = TransformStamped(header=Header(stamp=stamps.to_msg(stamp_ns), frame_id=parent), child_frame_id=child)
+    t = msg.transform.translation
+    t.x, t.y, t.z = T_parent_child[:3, 3].tolist()
+    _set_quaternion(msg.transform.rotation, T_parent_child)
+    return msg
+
+
+def set_pose(pose: Pose, T: np.ndarray) -> None:
+    pose.position.x, pose.position.y, pose.position.z = T[:3, 3].tolist()
+    _set_quaternion(pose.orientation, T)
+
+
+def _set_quaternion(q: Quaternion, T: np.ndarray) -> None:
+    q.x, q.y, q.z, q.w = optional.quat_xyzw_from_matrix(T[:3, :3]).tolist()
+
+
+def set_odometry(
+    msg: Odometry,
+    T_parent_child: np.ndarray,
+    pose_covariance: np.ndarray,
+    twist: np.ndarray,
+    twist_covariance: np.ndarray,
+) -> None:
+    """Fill all but header and frames: pose and its covariance [6, 6] about the parent's axes, twist in the child."""
+    set_pose(msg.pose.pose, T_parent_child)
+    msg.pose.covariance = pose_covariance.ravel()
+    linear, angular = msg.twist.twist.linear, msg.twist.twist.angular
+    linear.x, linear.y, linear.z, angular.x, angular.y, angular.z = twist.tolist()
+    msg.twist.covariance = twist_covariance.ravel()
+
+
+def path_message(frame_id: str, poses: Sequence[tuple[int, np.ndarray]]) -> Path:
+    """Poses as (stamp_ns, T_frame_body); the header carries the last stamp."""
+    msg = Path(header=Header(frame_id=frame_id))
+    if not poses:
+        return msg
+    T = np.stack([pose for _, pose in poses])  # [N, 4, 4]
+    quats = geometry.quat_xyzw_from_matrix(T[:, :3, :3])
+    rows = np.concatenate([T[:, :3, 3], quats], axis=1).tolist()
+    for (stamp_ns, _), row in zip(poses, rows):
+        item = PoseStamped(header=Header(stamp=stamps.to_msg(stamp_ns), frame_id=frame_id))
+        p, q = item.pose.position, item.pose.orientation
+        p.x, p.y, p.z, q.x, q.y, q.z, q.w = row
+        msg.poses.append(item)
+    msg.header.stamp = stamps.to_msg(poses[-1][0])
+    return msg
+
+
+# ---- points and depth -----------------------------------------------------------------------------------------------
+
+POINT = np.dtype([("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("rgb", "<u4"), ("confidence", "<f4")])
+POINT_FIELDS = [
+    # rgb is packed 0x00RRGGBB and declared as a float, as PCL and RViz want it
+    PointField(name=name, offset=POINT.fields[name][1], datatype=PointField.FLOAT32, count=1)  # type: ignore[index]
+    for name in ("x", "y", "z", "rgb", "confidence")
+]
+
+
+class CloudWriter:
+    """Fills one PointCloud2 again and again; its buffer is reused, so the message must be sent before the next."""
+
+    def __init__(self) -> None:
+        self._msg = PointCloud2(height=1, fields=POINT_FIELDS, point_step=POINT.itemsize, is_dense=True)
+
+    def write(self, frame_id: str, points: PointBatch, T_frame_points: np.ndarray) -> PointCloud2:
+        """The points moved by T [4, 4]; points that are not finite are left out."""
+        xyz, rgb, confidence = points.xyz, points.rgb, points.confidence
+        finite = np.isfinite(xyz.sum(axis=1, dtype=np.float32))
+        if not finite.all():
+            xyz, rgb, confidence = xyz[finite], rgb[finite], confidence[finite]
+        out = self._reserve(len(xyz))
+        T = T_frame_points.astype(np.float32)
+        for row, name in enumerate("xyz"):
+            out[name] = xyz @ T[row, :3] + T[row, 3]
+        packed = rgb[:, 0].astype(np.uint32)
+        for channel in (1, 2):
+            packed <<= 8
+            packed |= rgb[:, channel]
+        out["rgb"] = packed
+        out["confidence"] = confidence
+        msg = self._msg
+        msg.header.frame_id = frame_id
+        msg.header.stamp = stamps.to_msg(points.stamp_ns)
+        msg.width = len(xyz)
+        msg.row_step = len(xyz) * POINT.itemsize
+        return msg
+
+    def _reserve(self, count: int) -> np.ndarray:
+        """A view [count] of the message's own data, resized in place."""
+        resize(self._msg.data, count * POINT.itemsize)
+        return np.frombuffer(self._msg.data, dtype=POINT)
+
+
+def resize(data: array.array, size: int) -> None:
+    """Make a message's byte array ``size`` long without walking its bytes."""
+    if len(data) > size:
+        del data[size:]
+    elif len(data) < size:
+        data.frombytes(bytes(size - len(data)))
+
+
+def depth_message(frame_id: str, stamp_ns: int, depth: np.ndarray) -> Image:
+    """[H, W] float32 as 32FC1; metres, NaN where unknown (REP-118)."""
+    height, width = depth.shape
+    msg = Image(
+        header=Header(stamp=stamps.to_msg(stamp_ns), frame_id=frame_id),
+        height=height, width=width, encoding="32FC1", is_bigendian=0, step=4 * width,
+    )  # fmt: skip
+    msg.data.frombytes(np.ascontiguousarray(depth, dtype="<f4").data.cast("B"))
+    return msg
+
+
+def camera_info_message(frame_id: str, stamp_ns: int, camera: CameraModel) -> CameraInfo:
+    """An undistorted pinhole camera."""
+    K = camera.K
+    return CameraInfo(
+        header=Header(stamp=stamps.to_msg(stamp_ns), frame_id=frame_id),
+        height=camera.height, width=camera.width, distortion_model="plumb_bob", d=[0.0] * 5,
+        k=K.astype(float).ravel(), r=np.eye(3).ravel(), p=np.hstack([K, np.zeros((3, 1))]).astype(float).ravel(),
+    )  # fmt: skip
+
+
+def thin(items: Sequence, most: int) -> list:
+    """At most ``most`` of the items, evenly spread, first and last always among them."""
+    if len(items) <= most:
+        return list(items)
+    picked: Iterable[int] = np.unique(np.linspace(0, len(items) - 1, most).round().astype(int))
+    return [items[i] for i in picked]

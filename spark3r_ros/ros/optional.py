@@ -1,0 +1,61 @@
+"""Packages of a ROS installation that the wheels from PyPI lack: used where they can be imported, never needed.
+
+Each has an own counterpart, and a test that proves them equal wherever both exist.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spark3r_ros import geometry
+
+if TYPE_CHECKING:
+    from sensor_msgs.msg import Image
+
+try:  # needs transforms3d, whose older versions fail under newer NumPy when they are imported
+    import tf_transformations
+except (ImportError, AttributeError):
+    tf_transformations = None
+
+try:
+    import tf2_ros
+except ImportError:
+    tf2_ros = None
+
+# cv_bridge of Humble and Jazzy is compiled against NumPy 1 and fails under NumPy 2, at import or at the first use
+# (vision_opencv#535), with whatever its extension raises.
+_cv_bridge: Any
+try:
+    import cv_bridge
+
+    _cv_bridge = cv_bridge.CvBridge()
+except (ImportError, AttributeError, SystemError):
+    _cv_bridge = None
+
+
+def decode_with_cv_bridge(msg: Image) -> np.ndarray | None:
+    """An image of an encoding that our own decoder does not know, [H, W, 3] uint8 RGB; None when it cannot be had."""
+    if _cv_bridge is None:
+        return None
+    try:
+        return np.ascontiguousarray(_cv_bridge.imgmsg_to_cv2(msg, desired_encoding="rgb8"))
+    except (cv_bridge.CvBridgeError, TypeError, ValueError, RuntimeError):
+        return None
+
+
+def quat_xyzw_from_matrix(R: np.ndarray) -> np.ndarray:
+    """[3, 3] to a unit quaternion [4]."""
+    if tf_transformations is None:
+        return geometry.quat_xyzw_from_matrix(R)
+    T = np.eye(4)
+    T[:3, :3] = R
+    return np.asarray(tf_transformations.quaternion_from_matrix(T))
+
+
+def matrix_from_quat_xyzw(quat_xyzw: np.ndarray) -> np.ndarray:
+    """A quaternion [4] of any length > 0 to [3, 3]."""
+    if tf_transformations is None:
+        return geometry.matrix_from_quat_xyzw(quat_xyzw)
+    return np.asarray(tf_transformations.quaternion_matrix(quat_xyzw / np.linalg.norm(quat_xyzw)))[:3, :3]
