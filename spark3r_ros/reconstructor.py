@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -37,9 +37,10 @@ from spark3r_ros.frame import (
     WindowReport,
 )
 from spark3r_ros.point_map import KeyframePoints, PointMap, keyframe_points, trusted
-from spark3r_ros.preprocess import FrameError, NetworkImage, Preprocessor
+from spark3r_ros.preprocess import FrameError, NetworkImage, Preprocessor, scale_intrinsics
+from spark3r_ros.refine import DepthPrior, Refiner
 from spark3r_ros.solver import Solution, Solver
-from spark3r_ros.tracking import LOST_SIGMA, Estimate, NetworkTracker, covariance
+from spark3r_ros.tracking import LOST_SIGMA, Estimate, NetworkTracker
 from spark3r_ros.tracks import FeatureTracker, Tracks
 from spark3r_ros.trajectory import Trajectory
 from spark3r_ros.windows import DepthMap, Gate, Keyframe, Window, gate
@@ -116,10 +117,10 @@ class Reconstructor:
         seen = self._see(frame)
         if not self._num_windows:
             return self._initialise(seen)
-        estimate = self._tracker.track(seen.network.rgb)
-        if seen.gate is Gate.KEYFRAME:
-            self._add_keyframe(seen, estimate.T_world_camera)
-        self._place(seen, estimate)
+        estimate = self._track(seen)
+        self._advance_odometry(estimate.T_world_camera)
+        keyframe = self._add_keyframe(seen, estimate.T_world_camera) if seen.gate is Gate.KEYFRAME else None
+        self._record(seen, estimate, keyframe)
         solved = self._solve_window() if self._window.is_full else None
         return self._update([self._pose_of(seen, estimate)], solved)
 
@@ -156,8 +157,17 @@ class Reconstructor:
         self._preprocess.check(frame)
         self._solver = Solver(self.config, self._backbone, self._device, self._preprocess.valid)
         self._solver.K = self._preprocess.K
-        self._features = FeatureTracker(self.config.refine)
+        self._features = FeatureTracker(self.config.refine, frame.camera)
         self._tracker = NetworkTracker(self._solver)
+        self._refiner: Refiner | None = None
+        if self._refine_is_on:
+            height, width = frame.image.shape[:2]
+            self._refiner = Refiner(self.config.refine, width, height, frame.camera)
+
+    @property
+    def _refine_is_on(self) -> bool:
+        mode = self.config.refine.mode
+        return mode == "on" or (mode == "auto" and self._backbone.spec.name == "nano")
 
     @property
     def _newest(self) -> Keyframe:
@@ -175,9 +185,20 @@ class Reconstructor:
         )
         self._keyframes[keyframe.id] = keyframe
         self._move(keyframe, T_world_camera)
-        self._features.set_keyframe(keyframe.id)
+        tracks = self._features.set_keyframe(keyframe.id)
+        if self._refiner is not None:
+            self._refiner.add_keyframe(keyframe.id, tracks, T_world_camera if self._num_windows else None)
+            self._follow_refiner([*self._window.keyframes, keyframe])
         self._window.add(keyframe)
         return keyframe
+
+    def _follow_refiner(self, keyframes: Sequence[Keyframe]) -> None:
+        """Take over the poses that the sparse map has for these keyframes."""
+        assert self._refiner is not None
+        for keyframe in keyframes:
+            T = self._refiner.pose(keyframe.id)
+            if T is not None:
+                self._move(keyframe, T)
 
     def _move(self, keyframe: Keyframe, T_world_camera: np.ndarray) -> None:
         """Give a keyframe its pose in the world, and so in the map."""
@@ -203,21 +224,27 @@ class Reconstructor:
         poses = []
         for seen in waiting:
             keyframe = by_frame.get(seen.index)
-            estimate = self._first_estimate(seen, keyframe)
-            self._place(seen, estimate, keyframe or self._keyframe_before(seen.index))
+            estimate = self._track(seen)
+            if keyframe is not None:
+                estimate = replace(estimate, T_world_camera=keyframe.T_world_camera)
+            self._advance_odometry(estimate.T_world_camera)
+            self._record(seen, estimate, keyframe or self._keyframe_before(seen.index))
             poses.append(self._pose_of(seen, estimate))
         return self._update(poses, solved)
 
-    def _first_estimate(self, seen: Seen, keyframe: Keyframe | None) -> Estimate:
-        estimate = self._tracker.track(seen.network.rgb)
-        if keyframe is None:
-            return estimate
-        return Estimate(
-            keyframe.T_world_camera, estimate.sigma_rotation, estimate.sigma_translation, estimate.confidence
-        )
-
     def _keyframe_before(self, index: int) -> Keyframe:
         return max((k for k in self._keyframes.values() if k.frame_index <= index), key=lambda k: k.id)
+
+    # -- tracking ------------------------------------------------------------------------------------------------
+
+    def _track(self, seen: Seen) -> Estimate:
+        """Pose of one frame: from the sparse map when enough of its points agree, else by asking the network."""
+        if self._refiner is not None:
+            guess = self._trajectory.world_pose(-1, self._keyframes) if len(self._trajectory) else None
+            tracked = self._refiner.track(seen.tracks, guess)
+            if tracked is not None and tracked.is_reliable:
+                return Estimate(tracked.T_world_camera, tracked.covariance, _inlier_confidence(tracked.num_inliers))
+        return self._tracker.track(seen.network.rgb)
 
     # -- windows -------------------------------------------------------------------------------------------------
 
@@ -228,6 +255,8 @@ class Reconstructor:
         solution = self._solver.solve(keyframes, self._window.previous_of(keyframes))
         self._solver.learn_intrinsics(solution.K)
         link = self._join(keyframes, len(overlap), solution)
+        if self._refiner is not None and len(keyframes) > 1:
+            self._refine(self._refiner, keyframes)
         self._solver.commit(keyframes)
         for keyframe in new:
             self._points.set(keyframe.id, self._points_of(keyframe, keyframes))
@@ -259,6 +288,25 @@ class Reconstructor:
             self._move(keyframe, T)
         return link
 
+    def _refine(self, refiner: Refiner, keyframes: Sequence[Keyframe]) -> None:
+        """Adjust the window's poses to its feature tracks, and the new depths to the landmarks."""
+        assert self._preprocess is not None
+        T_network = np.stack([k.T_world_camera for k in keyframes])
+        priors = {k.id: DepthPrior(k.dense.depth, k.dense.K) for k in keyframes if k.dense is not None}
+        refined = refiner.solve([k.id for k in keyframes], T_network, priors)
+        if refined is None:
+            return
+        if self._preprocess.camera is None:  # the sparse map estimates the focal length too, and locks it
+            self._solver.K = scale_intrinsics(refined.K, *self._preprocess.ratio)
+        for keyframe, T_world_camera, factor in zip(
+            keyframes, refined.T_world_camera, refined.depth_scale, strict=True
+        ):
+            self._move(keyframe, T_world_camera)
+            dense = keyframe.dense
+            if dense is not None:
+                K = dense.K if self._solver.K is None else self._solver.K
+                keyframe.dense = replace(dense, depth=(factor * dense.depth).astype(np.float32), K=K)
+
     def _points_of(self, keyframe: Keyframe, window: Sequence[Keyframe]) -> KeyframePoints:
         dense, rgb = keyframe.dense, keyframe.rgb
         assert dense is not None
@@ -287,14 +335,20 @@ class Reconstructor:
 
     # -- poses and output ----------------------------------------------------------------------------------------
 
-    def _place(self, seen: Seen, estimate: Estimate, keyframe: Keyframe | None = None) -> None:
-        """Append a frame to the path, and its motion since the frame before to the odometry."""
+    def _advance_odometry(self, T_world_camera: np.ndarray) -> None:
+        """Add the motion since the last frame, as it was seen before anything corrected the map."""
         if len(self._trajectory):
-            T_last_camera = geometry.inverse(self._trajectory.world_pose(-1, self._keyframes)) @ estimate.T_world_camera
+            T_last_camera = geometry.inverse(self._trajectory.world_pose(-1, self._keyframes)) @ T_world_camera
             T_last_camera[:3, 3] *= self._unit
             moved = self._T_odom_camera @ T_last_camera
             self._T_odom_camera = geometry.make_T(geometry.project_to_so3(moved[:3, :3]), moved[:3, 3])
-        self._trajectory.append(seen.frame.stamp_ns, estimate.T_world_camera, keyframe or self._newest)
+
+    def _record(self, seen: Seen, estimate: Estimate, keyframe: Keyframe | None) -> None:
+        """Append a frame to the path; a keyframe's own frame is where the keyframe is."""
+        keyframe = keyframe or self._newest
+        is_own = keyframe.frame_index == seen.index
+        T_world_camera = keyframe.T_world_camera if is_own else estimate.T_world_camera
+        self._trajectory.append(seen.frame.stamp_ns, T_world_camera, keyframe)
 
     @property
     def _unit(self) -> float:
@@ -305,7 +359,8 @@ class Reconstructor:
         """What is given out for the frame placed last."""
         T_map_camera = self._to_output(self._trajectory.pose(-1, self._keyframes))
         self._T_map_odom = T_map_camera @ geometry.inverse(self._T_odom_camera)
-        cov = covariance(estimate, self._unit)
+        to_output = np.diag([self._unit] * 3 + [1.0] * 3)
+        cov = to_output @ estimate.covariance @ to_output
         if self._state is TrackingState.LOST:
             cov = np.eye(6) * LOST_SIGMA**2
         is_keyframe = self._newest.frame_index == seen.index
@@ -391,6 +446,11 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def _inlier_confidence(num_inliers: int) -> float:
+    """A few dozen points that agree are as good as many."""
+    return 1.0 - float(np.exp(-num_inliers / 30))
 
 
 def _view(keyframe: Keyframe) -> View:

@@ -22,15 +22,8 @@ class Estimate:
     """Where a frame is, and how far that may be wrong."""
 
     T_world_camera: np.ndarray  # [4, 4]
-    sigma_rotation: float  # rad
-    sigma_translation: float  # world units
+    covariance: np.ndarray  # [6, 6] x y z in world units, rotation about x y z in rad; in the camera frame
     confidence: float  # in [0, 1]; 0: no information, the pose is a guess
-
-
-def covariance(estimate: Estimate, unit: float) -> np.ndarray:
-    """[6, 6] of x y z and rotation, in output units squared; ``unit``: output units per world unit."""
-    t, r = estimate.sigma_translation * unit, estimate.sigma_rotation
-    return np.diag([t * t] * 3 + [r * r] * 3)
 
 
 class NetworkTracker:
@@ -56,6 +49,10 @@ class NetworkTracker:
         if self._solver.has_context and keyframe.rgb is not None:
             self._T_window_anchor = self._solver.query(keyframe.rgb, self._previous).T_window_camera[0]
 
+    @property
+    def is_ready(self) -> bool:
+        return self._anchor is not None
+
     def track(self, rgb: np.ndarray) -> Estimate:
         """Pose of a frame [h, w, 3] uint8 after the anchor keyframe."""
         anchor = self._anchor
@@ -71,11 +68,10 @@ class NetworkTracker:
             T_anchor_frame[:3, 3] *= _pair_scale(anchor, seen)
         confidence = float(np.median(seen.confidence[-1]))
         doubt = 1 / max(confidence, 0.05)
+        sigma_r = doubt * max(MIN_ROTATION_SIGMA, self._sigmas[0])
+        sigma_t = doubt * self._depth * max(MIN_TRANSLATION_SIGMA, self._sigmas[1])
         return Estimate(
-            T_world_camera=anchor.T_world_camera @ T_anchor_frame,
-            sigma_rotation=doubt * max(MIN_ROTATION_SIGMA, self._sigmas[0]),
-            sigma_translation=doubt * self._depth * max(MIN_TRANSLATION_SIGMA, self._sigmas[1]),
-            confidence=confidence,
+            anchor.T_world_camera @ T_anchor_frame, np.diag([sigma_t**2] * 3 + [sigma_r**2] * 3), confidence
         )
 
 

@@ -1,7 +1,7 @@
 """A rendered stream with exact ground truth, and a backbone that knows it: what the network would ideally say.
 
-``Oracle`` answers like a backbone of each gauge, with settable errors, so that alignment, windows, loops and scale can be
-tested without any network. It recognises frames by their pixels.
+``Oracle`` answers like a backbone of each gauge, with settable errors, so that alignment, windows, loops and scale can
+be tested without any network. It recognises frames by their pixels.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class OracleContext:
 class Oracle:
     """Ground truth as a backbone.
 
-    Every pass without a context has its own gauge: first camera at the origin and a random scale; with one, the gauge is
-    the context's and only ``scale_noise`` disturbs it.
+    Every pass without a context has its own gauge: first camera at the origin and a random scale; with one, the gauge
+    is the context's and only ``scale_noise`` disturbs it.
     """
 
     def __init__(
