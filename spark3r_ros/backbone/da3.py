@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from spark3r_ros.backbone.checkpoint import KeyMap, dpt_renames, special_tokens
 from spark3r_ros.backbone.encoder import Encoder, EncoderSpec
 from spark3r_ros.backbone.heads import DptHead
 from spark3r_ros.backbone.model import (
@@ -17,31 +18,53 @@ from spark3r_ros.backbone.model import (
 )
 from spark3r_ros.backbone.preprocess import ResizeRule
 from spark3r_ros.backbone.trunk import FRAME, GLOBAL, PassOptions, Trunk, TrunkSpec
-from spark3r_ros.frame import Gauge
 
-def any_view(name: str, dim: int, depth: int, plain: int, taps: tuple[int, ...], ffn: str = "gelu") -> ModelSpec:
+
+WIDE = ((256, 512, 1024, 1024), 256)
+
+
+def any_view(
+    name: str, dim: int, depth: int, plain: int, taps: tuple[int, ...], dpt: tuple[tuple[int, ...], int] = WIDE
+) -> ModelSpec:
     """Odd blocks from ``plain`` on are global."""
     kinds = tuple(GLOBAL if i >= plain and i % 2 else FRAME for i in range(depth))
     trunk = TrunkSpec(
         patch=14, dim=dim, heads=dim // 64, kinds=kinds, taps=taps, num_special=1, plain=plain,
-        global_rope="constant", eps=1e-6, layer_scale=1.0, ffn=ffn, final_eps=1e-5,
+        global_rope="constant", eps=1e-6, layer_scale=1.0, ffn="swiglu" if dim == 1536 else "gelu", final_eps=1e-5,
         picks_reference=True,
     )  # fmt: skip
-    return ModelSpec(name=name, trunk=trunk, resize=ResizeRule(patch=14, longest=504))
+    return ModelSpec(name=name, trunk=trunk, resize=ResizeRule(patch=14, longest=504), dpt=dpt)
 
 
 SPECS = {
-    "da3-small": any_view("da3-small", 384, 12, 4, (5, 7, 9, 11)),
-    "da3-base": any_view("da3-base", 768, 12, 4, (5, 7, 9, 11)),
+    "da3-small": any_view("da3-small", 384, 12, 4, (5, 7, 9, 11), ((48, 96, 192, 384), 64)),
+    "da3-base": any_view("da3-base", 768, 12, 4, (5, 7, 9, 11), ((96, 192, 384, 768), 128)),
     "da3-large": any_view("da3-large", 1024, 24, 8, (11, 15, 19, 23)),
-    "da3-giant": any_view("da3-giant", 1536, 40, 13, (19, 27, 33, 39), "swiglu"),
+    "da3-giant": any_view("da3-giant", 1536, 40, 13, (19, 27, 33, 39)),
 }
-DPT_SIZES = {  # per trunk width: channels of the four taps, features
-    384: ((48, 96, 192, 384), 64),
-    768: ((96, 192, 384, 768), 128),
-    1024: ((256, 512, 1024, 1024), 256),
-    1536: ((256, 512, 1024, 1024), 256),
-}
+KEYS = KeyMap(
+    renames=(
+        (r"^(model\.)?(da3\.)?", ""),  # as on the hub; nested models hold this one as "da3"
+        (r"^net\.", "backbone."),  # names of older files
+        (r"camera_token_extra", "camera_token"),
+        (r"^backbone\.pretrained\.(patch_embed\.proj|cls_token|pos_embed)", lambda m: "encoder." + m[1].split(".")[-1]),
+        (r"^backbone\.pretrained\.(blocks|norm)\.", r"trunk.\1."),
+        (r"^cam_dec\.backbone\.", "camera.mlp."),
+        (r"^cam_dec\.fc_qvec\.", "camera.fc_q."),
+        (r"^cam_dec\.fc_fov\.0\.", "camera.fc_fov."),
+        (r"^cam_dec\.", "camera."),
+        *dpt_renames("head"),
+    ),
+    unused=(
+        r"^(model\.)?(da3\.)?head\.scratch\.\w+_(aux|ray)\..*",  # ray maps; one of their norms is stored once for four
+        r"^(model\.)?(da3\.)?cam_enc\..*",  # cameras as input
+        r"^(model\.)?(da3\.)?gs_(head|adapter)\..*",  # Gaussian splats (giant)
+        r"^(model\.)?da3_metric\..*",  # the second network of nested models
+        r".*\.mask_token",
+    ),
+    marker="backbone.pretrained.camera_token",
+    finish=special_tokens("backbone.pretrained.camera_token"),
+)
 
 
 class CameraDecoder(nn.Module):
@@ -67,7 +90,7 @@ class DepthAnything3(Model):
             EncoderSpec(trunk.patch, trunk.dim, trunk.heads, depth=0, num_registers=0, antialias=False, offset=0.1)
         )
         self.trunk = Trunk(trunk)
-        channels, features = DPT_SIZES[trunk.dim]
+        channels, features = spec.dpt
         self.head = DptHead(trunk.tap_dim, channels, features, (2,))
         self.camera = CameraDecoder(trunk.tap_dim)
 

@@ -24,25 +24,27 @@ def in_chunks(head: Callable[..., Tensor], *per_frame: Tensor) -> Tensor:
 
 
 class ResidualUnit(nn.Module):
-    """Two activated convolutions with a skip."""
+    """Two activated convolutions with a skip; ``relu_skip``: the skip starts behind the first activation."""
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, relu_skip: bool) -> None:
         super().__init__()
+        self.relu_skip = relu_skip
         self.conv1 = nn.Conv2d(features, features, 3, padding=1)
         self.conv2 = nn.Conv2d(features, features, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(F.relu(self.conv1(F.relu(x)))) + x
+        y = F.relu(x)
+        return self.conv2(F.relu(self.conv1(y))) + (y if self.relu_skip else x)
 
 
 class Fusion(nn.Module):
     """Add a finer map to the running one, refine, resize, mix."""
 
-    def __init__(self, features: int, first: bool) -> None:
+    def __init__(self, features: int, first: bool, relu_skip: bool) -> None:
         super().__init__()
         if not first:
-            self.unit1 = ResidualUnit(features)
-        self.unit2 = ResidualUnit(features)
+            self.unit1 = ResidualUnit(features, relu_skip)
+        self.unit2 = ResidualUnit(features, relu_skip)
         self.out_conv = nn.Conv2d(features, features, 1)
 
     def forward(self, x: Tensor, finer: Tensor | None, size: tuple[int, int]) -> Tensor:
@@ -67,6 +69,7 @@ class Dpt(nn.Module):
         *,
         norm: bool = True,
         positions: bool = True,
+        relu_skip: bool = False,
         upsample: int = 8,
     ) -> None:
         super().__init__()
@@ -82,7 +85,7 @@ class Dpt(nn.Module):
             ]
         )
         self.adapt = nn.ModuleList(nn.Conv2d(c, features, 3, padding=1, bias=False) for c in channels)
-        self.fuse = nn.ModuleList(Fusion(features, first=level == 3) for level in range(4))
+        self.fuse = nn.ModuleList(Fusion(features, level == 3, relu_skip) for level in range(4))
 
     def forward(self, taps: Sequence[Tensor], grid: tuple[int, int], aspect: float) -> Tensor:
         """Taps [F, h * w, in_dim], patch grid, image width over height."""
@@ -112,9 +115,10 @@ class DptHead(nn.Module):
         *,
         norm: bool = True,
         positions: bool = True,
+        relu_skip: bool = False,
     ) -> None:
         super().__init__()
-        self.dpt = Dpt(in_dim, channels, features, norm=norm, positions=positions)
+        self.dpt = Dpt(in_dim, channels, features, norm=norm, positions=positions, relu_skip=relu_skip)
         self.positions = positions
         self.narrow = nn.Conv2d(features, features // 2, 3, padding=1)
         self.out = nn.ModuleList(

@@ -129,7 +129,7 @@ class Trunk(nn.Module):
         taps: list[Tensor] = []
         layer = 0
         local = x
-        reference = 0 if options.first else None
+        reference: int | Tensor | None = 0 if options.first else None
         for index, (block, kind) in enumerate(zip(self.blocks, spec.kinds)):
             if index == spec.plain - 1 and spec.picks_reference and options.first and num_frames >= 3:
                 if options.context is None and options.window_ids is None:
@@ -163,12 +163,12 @@ class Trunk(nn.Module):
             return unit_rope(*grid, head_dim, spec.num_special, device)
         return grid_rope(*grid, head_dim, spec.num_special, kind == "constant", device)
 
-    def _insert_special(self, x: Tensor, reference: int | None) -> Tensor:
+    def _insert_special(self, x: Tensor, reference: int | Tensor | None) -> Tensor:
         """Prepend the special tokens, or put them in the place of the class token."""
         num_frames, spec = x.shape[1], self.spec
         rows = torch.full((num_frames,), spec.variants - 1, device=x.device)
-        if reference is not None:
-            rows[reference] = 0
+        if reference is not None:  # a tensor stays on its device: no waiting
+            rows = torch.where(torch.arange(num_frames, device=x.device) == reference, 0, rows)
         special = self.special[rows].to(x.dtype).expand(len(x), -1, -1, -1)  # [B, S, num_special, C]
         return torch.cat([special, x[:, :, spec.num_special if spec.plain else 0 :]], dim=2)
 
@@ -184,7 +184,7 @@ class _Run:
     """The global blocks of one pass: token layouts of full and register layers, with mask, context and reduction."""
 
     def __init__(
-        self, spec: TrunkSpec, rope: Rope | None, options: PassOptions, reference: int | None, x: Tensor
+        self, spec: TrunkSpec, rope: Rope | None, options: PassOptions, reference: int | Tensor | None, x: Tensor
     ) -> None:
         num_frames, num_tokens = x.shape[1:3]
         self.num_special = spec.num_special
@@ -192,7 +192,7 @@ class _Run:
         if options.reduction is not None and options.reduction.enabled:
             from spark3r_ros.reduction import ForwardReduction, TokenLayout
 
-            layout = TokenLayout(num_frames, num_tokens, spec.num_special, reference=reference)
+            layout = TokenLayout(num_frames, num_tokens, spec.num_special, reference=None if reference is None else int(reference))
             reduction = ForwardReduction(
                 options.reduction, layout, spec.num_global, options.sensitive, x.device
             )
@@ -214,8 +214,8 @@ class _Run:
         return torch.cat([special, patches], dim=2)
 
 
-def most_typical(class_tokens: Tensor) -> int:
-    """The frame that Depth-Anything-3 takes as reference ("saddle balanced"), from class tokens [1, S, C].
+def most_typical(class_tokens: Tensor) -> Tensor:
+    """Index of the frame that Depth-Anything-3 takes as reference ("saddle balanced"), from class tokens [1, S, C].
 
     Three numbers per frame, each stretched to 0..1 over the frames: mean cosine similarity to the others, length of the
     token, variance of the unit token. The frame closest to the middle of all three wins.
@@ -226,7 +226,7 @@ def most_typical(class_tokens: Tensor) -> int:
     similarity = ((unit @ unit.T).sum(dim=1) - 1) / (len(tokens) - 1)
     measures = torch.stack([similarity, tokens.norm(dim=-1), unit.var(dim=-1)])  # [3, S]
     low, high = measures.amin(dim=1, keepdim=True), measures.amax(dim=1, keepdim=True)
-    return int(((measures - low) / (high - low + 1e-8) - 0.5).abs().sum(dim=0).argmin())
+    return ((measures - low) / (high - low + 1e-8) - 0.5).abs().sum(dim=0).argmin()
 
 
 def block_causal(window_ids: Tensor, tokens: int) -> Tensor:

@@ -1,0 +1,160 @@
+"""Checkpoints: read safely, rename to this package's names, load strictly.
+
+Every tensor of a file is used, named in the model's list of unused ones, or an error.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+Rename = tuple[str, str | Callable[[re.Match[str]], str]]
+State = dict[str, Tensor]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used as it is."""
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """How one family's checkpoint names become ours."""
+
+    renames: tuple[Rename, ...]  # applied in order, all of them, to every key
+    unused: tuple[str, ...]  # patterns of whole keys that inference does not need
+    marker: str  # part of a key that only this family's files have
+    finish: Callable[[State], State] | None = None  # what renaming alone cannot do
+
+
+def dpt_renames(head: str) -> tuple[Rename, ...]:
+    """Names of the DPT heads that VGGT, Depth-Anything-3 and VGGT-Omega share."""
+    return (
+        (rf"^{head}\.norm\.", f"{head}.dpt.norm."),
+        (rf"^{head}\.projects\.", f"{head}.dpt.project."),
+        (rf"^{head}\.resize_layers\.", f"{head}.dpt.resize."),
+        (rf"^{head}\.scratch\.layer(\d)_rn\.", lambda m: f"{head}.dpt.adapt.{int(m[1]) - 1}."),
+        (rf"^{head}\.scratch\.refinenet(\d)\.", lambda m: f"{head}.dpt.fuse.{int(m[1]) - 1}."),
+        (r"\.resConfUnit(\d)\.", r".unit\1."),
+        (rf"^{head}\.scratch\.output_conv1\.", f"{head}.narrow."),
+        (rf"^{head}\.scratch\.output_conv2\.", f"{head}.out.0."),
+    )
+
+
+# Names of the encoder and the frame blocks that VGGT and VGGT-Omega share.
+AGGREGATOR_RENAMES: tuple[Rename, ...] = (
+    (r"^aggregator\.patch_embed\.patch_embed\.proj\.", "encoder.proj."),
+    (r"^aggregator\.patch_embed\.(register|storage)_tokens", "encoder.registers"),
+    (r"^aggregator\.patch_embed\.", "encoder."),
+    (r"^aggregator\.frame_blocks\.(\d+)\.", lambda m: f"trunk.blocks.{2 * int(m[1])}."),
+)
+
+
+def read_checkpoint(path: str | Path) -> State:
+    """Tensors of a safetensors or PyTorch file, mapped into memory where the format allows it.
+
+    PyTorch files are read with ``weights_only=True``: a pickle that wants to run code is refused unexecuted.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, of another kind, or unsafe.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    with path.open("rb") as file:
+        head = file.read(16)
+    if head[8:9] == b"{":  # safetensors: eight bytes of length, then JSON
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged or cut short ({error}); fetch it again") from error
+    if not head.startswith((b"PK", b"\x80")):
+        raise CheckpointError(f"{path} is neither a safetensors nor a PyTorch file, it starts with {head!r}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} is refused: it holds more than tensors ({_first_line(error)})") from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or cut short ({_first_line(error)}); fetch it again") from error
+    return _unwrap(content, path)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]
+
+
+def _unwrap(content: object, path: Path) -> State:
+    """Tensors of a training checkpoint that keeps them one level down."""
+    for name in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise CheckpointError(f"{path} does not hold a dictionary of tensors")
+    return dict(content)
+
+
+def convert(state: Mapping[str, Tensor], keys: KeyMap) -> State:
+    """Tensors under our names; those that inference does not need are left out."""
+    unused = [re.compile(pattern) for pattern in keys.unused]
+    skipped = [key for key in state if any(pattern.fullmatch(key) for pattern in unused)]
+    if skipped:
+        log.debug("unused checkpoint tensors: %s", ", ".join(skipped))
+    renamed: State = {}
+    for key in state.keys() - set(skipped):
+        name = key
+        for pattern, replacement in keys.renames:
+            name = re.sub(pattern, replacement, name)
+        if name in renamed:
+            raise CheckpointError(f"two tensors of the checkpoint are named {name}")
+        renamed[name] = state[key]
+    return keys.finish(renamed) if keys.finish else renamed
+
+
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Give a model built on the meta device these tensors as its own, in float32.
+
+    Raises:
+        CheckpointError: missing, unknown, misshapen or non-finite tensors, all listed.
+    """
+    expected = model.state_dict()
+    wrong = [f"missing {key}" for key in expected.keys() - state.keys()]
+    wrong += [f"unknown {key}" for key in state.keys() - expected.keys()]
+    for key in expected.keys() & state.keys():
+        have, want = tuple(state[key].shape), tuple(expected[key].shape)
+        if have != want:
+            wrong.append(f"{key} has shape {list(have)} instead of {list(want)}")
+        elif not torch.isfinite(state[key]).all():
+            wrong.append(f"{key} holds values that are not finite")
+    if wrong:
+        raise CheckpointError(f"{source} does not fit: {_listed(wrong)}")
+    model.load_state_dict({k: v.float() for k, v in state.items()}, strict=True, assign=True)
+
+
+def _listed(lines: Iterable[str], limit: int = 20) -> str:
+    lines = sorted(lines)
+    more = f" and {len(lines) - limit} more" if len(lines) > limit else ""
+    return "; ".join(lines[:limit]) + more
+
+
+def special_tokens(*names: str) -> Callable[[State], State]:
+    """A ``finish`` that joins camera and register tokens [1, variants, n, C] to ``trunk.special``."""
+
+    def finish(state: State) -> State:
+        parts = [state.pop(name) for name in names if name in state]
+        if len(parts) == len(names):
+            # [1, variants, n, C], or [1, variants, C] for a single token, to [variants, n, C]
+            state["trunk.special"] = torch.cat([p.reshape(p.shape[1], -1, p.shape[-1]) for p in parts], dim=1)
+        return state
+
+    return finish
