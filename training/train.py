@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from spark3r_ros.backbone.nano import Nano
@@ -114,6 +115,11 @@ class Trainer:
         torch.save(state, scratch)
         scratch.replace(path)
 
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        """Begin with given weights instead of random ones."""
+        self.model.load_state_dict(weights)
+        self.mean = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint."""
         state = torch.load(path, weights_only=True)
@@ -147,6 +153,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="checkpoint and log (default: %(default)s)")
     parser.add_argument("--hours", type=float, default=1.0, help="stop after so many hours of this call")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--init", type=Path, help="start from these weights (safetensors), the optimiser fresh")
     parser.add_argument("--cooldown", type=int, default=0, metavar="STEPS", help="end after STEPS of a falling rate")
     parser.add_argument("--save-minutes", type=float, default=4.0)
     parser.add_argument("--threads", type=int, default=1)
@@ -159,6 +166,8 @@ def main() -> None:
     trainer = Trainer(TrainConfig(), list_shards(args.data, "train"))
     if checkpoint.exists():
         trainer.restore(checkpoint)
+    elif args.init:
+        trainer.start_from(load_file(args.init))
     run(trainer, args)
 
 
