@@ -13,6 +13,7 @@ from spark3r_ros.backbone.trunk import PassOptions
 from spark3r_ros.config import ContextConfig, ReductionConfig
 from spark3r_ros.context import KVContext
 from spark3r_ros.frame import Prediction
+from spark3r_ros.reduction import sensitive_layers
 
 __all__ = ["Backbone", "load_backbone"]
 
@@ -36,8 +37,13 @@ class Backbone:
         """An empty context for images of this network size."""
         patch = self.spec.trunk.patch
         num_patches = (height // patch) * (width // patch)
-        context_spec = self.spec.trunk.context_spec(num_patches, self.spec.sensitive, self.spec.camera_tokens)
+        context_spec = self.spec.trunk.context_spec(
+            num_patches, self._sensitive(ReductionConfig()), self.spec.camera_tokens
+        )
         return KVContext(context_spec, config, self.device, self._dtype)
+
+    def _sensitive(self, config: ReductionConfig) -> frozenset[int]:
+        return sensitive_layers(config, self.spec.name, self.spec.trunk.num_global, self.spec.sensitive)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -74,11 +80,10 @@ class Backbone:
         first = context is None or context.is_empty
         if context is not None:
             context.begin(len(images))
-        options = PassOptions(first, reduction, self.spec.sensitive, context)
+        sensitive = frozenset() if reduction is None else self._sensitive(reduction)
+        options = PassOptions(first, reduction, sensitive, context)
         with torch.autocast(self.device.type, dtype=self._dtype, enabled=self.device.type == "cuda"):
-            out = self.model(
-                images[None], options, motion=None if motion is None else motion[None], intrinsics=known
-            )
+            out = self.model(images[None], options, motion=None if motion is None else motion[None], intrinsics=known)
         return Prediction(
             T_world_camera=out.T_world_camera[0],
             intrinsics=out.intrinsics[0] if known is None else known[0],

@@ -1,6 +1,7 @@
 """Attention: plain inside a frame, and the one seam where all frames meet.
 
-Shapes: B batch, S frames, P tokens per frame, N = S * P tokens, M kept key tokens, H heads, D head dimension, C = H * D.
+Shapes: B batch, S frames, P tokens per frame, N = S * P tokens, M kept keys or merged queries, H heads, D head
+dimension, C = H * D.
 Global tokens are frame-major: token ``s * P + p``; special tokens come first in each frame, then patches row by row.
 """
 
@@ -14,9 +15,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spark3r_ros.reduction import (
+    ForwardReduction,
+    KeyPlan,
+    QueryPlan,
+    add_to_sums,
+    finish_sums,
+    merge,
+    new_sums,
+    unmerge,
+)
+
 if TYPE_CHECKING:
     from spark3r_ros.context import KVContext
-    from spark3r_ros.reduction import ForwardReduction, KeyPlan
+
+# Per-token work of inference goes over so many tokens at a time: what fits the cache of a CPU, what bounds memory on a
+# GPU.
+PIECE_TOKENS = {"cpu": 1024, "cuda": 1 << 17}
+
+
+def pieces(length: int, device: torch.device, tokens_each: int = 1) -> list[slice]:
+    """Consecutive slices of ``length`` items of ``tokens_each`` tokens, PIECE_TOKENS tokens or one item at a time."""
+    step = max(1, PIECE_TOKENS["cpu" if device.type == "cpu" else "cuda"] // tokens_each)
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +57,10 @@ class Rope:
     def take(self, index: Tensor) -> Rope:
         """The table at token positions ``index`` [B, M]."""
         return Rope(self.cos[index][:, None], self.sin[index][:, None])
+
+    def slice(self, part: slice) -> Rope:
+        """The table of a range of tokens."""
+        return Rope(self.cos[part], self.sin[part])
 
     def repeat(self, times: int) -> Rope:
         """The table of ``times`` frames with the same positions, frame-major."""
@@ -106,7 +131,12 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).flatten(2))
 
     def forward_global(self, x: Tensor, layer: int, run: GlobalPass) -> Tensor:
-        """Attention over the tokens of all frames, x [B, N, C], and over the context; ``layer`` counts global layers.
+        """Attention over the tokens of all frames, x [B, N, C], and over the context; ``layer`` counts global ones."""
+        y, plan = self.attend(x, layer, run)
+        return y if plan is None else unmerge(y, plan)
+
+    def attend(self, x: Tensor, layer: int, run: GlobalPass) -> tuple[Tensor, QueryPlan | None]:
+        """``forward_global`` before the copy back: output rows [B, M, C], and the row each token takes (None: its own).
 
         Keys and values are projected for kept tokens only and stored final, after norm and rotation: no model in this
         family rotates by frame index, so they never need rotating again. Merged queries share one output, copied back
@@ -121,21 +151,38 @@ class Attention(nn.Module):
             key_rope = rope.take(index) if rope is not None else None
         k, v = self._project(kept, 1, 3).unflatten(1, (2, -1)).unbind(1)  # [B, H, M, D]
         k = self._finish(k, self.k_norm, key_rope, v)
-        q = self._finish(self._project(x, 0, 1), self.q_norm, rope, v)  # [B, H, N, D]
-        plan = reduction.queries(layer, self._metric(reduction.matching, x, q)) if reduction is not None else None
+        q, plan = self._queries(x, layer, rope, reduction)
         bias = _bias(run, keep, q)
         if run.context is not None:
             own = k.shape[2]
             k, v = run.context.append(layer, k, v, tuple(range(run.num_frames)) if keep is None else keep.frames)
             bias = F.pad(bias, (k.shape[2] - own, 0)) if bias is not None else None
-        if plan is not None:
-            assert run.mask is None, "queries of frames under different masks cannot be merged"
-            from spark3r_ros.reduction import merge, unmerge
-
-            q = merge(q, plan)
+        assert plan is None or run.mask is None, "queries of frames under different masks cannot be merged"
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        y = self.proj(y.transpose(1, 2).flatten(2))
-        return y if plan is None else unmerge(y, plan)
+        return self.proj(y.transpose(1, 2).flatten(2)), plan
+
+    def _queries(
+        self, x: Tensor, layer: int, rope: Rope | None, reduction: ForwardReduction | None
+    ) -> tuple[Tensor, QueryPlan | None]:
+        """Final queries [B, H, N, D] of x [B, N, C], or [B, H, M, D] merged and the plan that says how."""
+        if reduction is None or not reduction.merges_queries:
+            return self._query(x, rope), None
+        if reduction.matching == "q":
+            q = self._query(x, rope)
+            plan = reduction.queries(layer, q.transpose(1, 2).flatten(2))
+            return merge(q, plan), plan
+        metric = x if reduction.matching == "input" else self.k_norm(self._project(x, 1, 2)).transpose(1, 2).flatten(2)
+        plan = reduction.queries(layer, metric)
+        sums = new_sums(len(x), plan, x.shape[-1], x.device)
+        for part in pieces(x.shape[1], x.device):
+            q = self._query(x[:, part], None if rope is None else rope.slice(part))
+            add_to_sums(sums, q.transpose(1, 2).flatten(2), plan, part.start)
+        return finish_sums(sums, plan, q.dtype).unflatten(-1, (self.heads, -1)).transpose(1, 2), plan
+
+    def _query(self, x: Tensor, rope: Rope | None) -> Tensor:
+        """Final queries [B, H, N, D] of x [B, N, C]."""
+        q = self._project(x, 0, 1)
+        return self._finish(q, self.q_norm, rope, q)
 
     def _project(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Thirds ``start`` to ``stop`` of the fused projection, [B, (stop - start) * H, N, D]."""
@@ -149,12 +196,6 @@ class Attention(nn.Module):
         """Normalise and rotate; under autocast both come out in float32, so return to the type of the values."""
         x = norm(x)
         return (x if rope is None else rope.apply(x)).to(like.dtype)
-
-    def _metric(self, matching: str, x: Tensor, q: Tensor) -> Tensor:
-        """What query tokens are compared on, [B, N, C]."""
-        if matching == "input":
-            return x
-        return (q if matching == "q" else self.k_norm(self._project(x, 1, 2))).transpose(1, 2).flatten(2)
 
 
 def _bias(run: GlobalPass, keep: KeyPlan | None, q: Tensor) -> Tensor | None:

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spark3r_ros.backbone.attention import Attention, GlobalPass, Rope
+from spark3r_ros.backbone.attention import Attention, GlobalPass, Rope, pieces
+from spark3r_ros.reduction import unmerge
 
 
 class LayerScale(nn.Module):
@@ -68,11 +69,27 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
 
     def forward(self, x: Tensor, rope: Rope | None = None, mask: Tensor | None = None) -> Tensor:
-        """Dense attention inside each sequence of x [B, N, C]."""
-        x = x + self.ls1(self.attn(self.norm1(x), rope, mask))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        """Dense attention inside each sequence of x [B, N, C]; in inference some sequences at a time."""
+        parts = pieces(len(x), x.device, x.shape[1])
+        if torch.is_grad_enabled() or len(parts) == 1:
+            return self._feed_forward(x + self.ls1(self.attn(self.norm1(x), rope, mask)))
+        out = torch.empty_like(x)
+        for part in parts:
+            out[part] = self._feed_forward(x[part] + self.ls1(self.attn(self.norm1(x[part]), rope, mask)))
+        return out
 
     def forward_global(self, x: Tensor, layer: int, run: GlobalPass) -> Tensor:
-        """Attention across frames, x [B, S * P, C], with reduction and context."""
-        x = x + self.ls1(self.attn.forward_global(self.norm1(x), layer, run))
+        """Attention across frames, x [B, S * P, C], with reduction and context; in inference the rest in pieces."""
+        y, plan = self.attn.attend(self.norm1(x), layer, run)
+        y = self.ls1(y)  # [B, M, C]
+        parts = pieces(x.shape[1], x.device)
+        if torch.is_grad_enabled() or len(parts) == 1:
+            return self._feed_forward(x + (y if plan is None else unmerge(y, plan)))
+        out = torch.empty_like(x)
+        for part in parts:
+            update = y[:, part] if plan is None else unmerge(y, plan, part)
+            out[:, part] = self._feed_forward(x[:, part] + update)
+        return out
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
         return x + self.ls2(self.mlp(self.norm2(x)))

@@ -91,15 +91,14 @@ class ForwardReduction:
             self._covering = farthest_frames(x, self.layout, math.ceil(num_frames / smallest))
         return tuple(sorted(self._covering[: math.ceil(num_frames / factor)]))
 
-    def queries(self, layer: int, metric: Tensor) -> QueryPlan | None:
-        """How to merge this layer's queries, matched on ``metric`` [B, N, C]; None: not at all.
+    def queries(self, layer: int, metric: Tensor) -> QueryPlan:
+        """How to merge this layer's queries, matched on ``metric`` [B, N, C]; only when ``merges_queries``.
 
         The plan is shared by ``config.matching_interval`` consecutive global layers.
         """
-        if self._groups is None:
-            return None
+        assert self._groups is not None, self.factors
         block = layer // self.config.matching_interval
-        if block != self._query_plan_block:
+        if self._query_plan is None or block != self._query_plan_block:
             self._query_plan = match(metric, self._groups)
             self._query_plan_block = block
         return self._query_plan

@@ -200,10 +200,13 @@ def finish_sums(sums: Tensor, plan: QueryPlan, dtype: torch.dtype) -> Tensor:
     return sums.mul_(plan.weight).to(dtype)
 
 
-def unmerge(y: Tensor, plan: QueryPlan) -> Tensor:
-    """Copy every row's output to its members: ``y`` [B, M, C] (after the output projection) -> [B, N, C]."""
-    index = _flat_rows(plan.target, plan.num_rows)
-    return y.flatten(0, 1).index_select(0, index).unflatten(0, plan.target.shape)
+def unmerge(y: Tensor, plan: QueryPlan, part: slice = slice(None)) -> Tensor:
+    """Copy every row's output to its members: ``y`` [B, M, C] (after the output projection) -> [B, N, C].
+
+    ``part``: for these tokens only.
+    """
+    target = plan.target[:, part]
+    return y.flatten(0, 1).index_select(0, _flat_rows(target, plan.num_rows)).unflatten(0, target.shape)
 
 
 def _flat_rows(target: Tensor, num_rows: int) -> Tensor:

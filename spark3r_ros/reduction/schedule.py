@@ -17,15 +17,6 @@ KV_FRAMES = 40  # the key-value schedule keeps about this many frames' keys at a
 UNREDUCED_FRAMES = 100  # up to this length queries and the keys of sensitive layers stay whole
 FACTOR_FORMAT = "spark3r-factors-1"
 
-# Published results of the probe, 0-based over the global layers (VGGT-Omega: over its inter-frame blocks, of which the
-# register blocks 2, 6, 9, 14, 20 are never reduced).
-PUBLISHED_SENSITIVE_LAYERS: dict[str, frozenset[int]] = {
-    "vggt": frozenset(range(11, 17)),
-    "pi3": frozenset(range(11, 17)),
-    "da3-giant": frozenset(range(3, 13)),
-    "vggt-omega": frozenset({10, 11, 12, 13, 15, 16, 17, 21}),
-}
-
 
 @dataclass(frozen=True)
 class Factors:
@@ -83,10 +74,13 @@ def frame_factors(config: ReductionConfig, num_frames: int) -> Factors:
     return Factors(query=query, kv=kv, kv_insensitive=kv * config.insensitive_multiplier)
 
 
-def sensitive_layers(config: ReductionConfig, model: str, num_layers: int) -> frozenset[int]:
+def sensitive_layers(
+    config: ReductionConfig, model: str, num_layers: int, published: frozenset[int] = frozenset()
+) -> frozenset[int]:
     """Global layers that prune by the base factor: from the config, its factor file, the shipped probe, or the paper.
 
-    A model for which nothing is known has all its layers sensitive: it is reduced as little as the schedule allows.
+    ``published`` is the paper's set for this model. A model for which nothing is known (an empty set) has all its
+    layers sensitive: it is reduced as little as the schedule allows.
     Raises ValueError when a layer does not exist or the factor file is of another model.
     """
     if config.sensitive_layers:
@@ -98,9 +92,8 @@ def sensitive_layers(config: ReductionConfig, model: str, num_layers: int) -> fr
         path = Path(config.factor_file or shipped)
         written_ns = path.stat().st_mtime_ns if path.exists() else 0
         return _read_checked(path, written_ns, model, num_layers)
-    published = PUBLISHED_SENSITIVE_LAYERS.get(model, frozenset(range(num_layers)))
     check_layers(published, num_layers, f"published sensitive layers of {model}")
-    return published
+    return published or frozenset(range(num_layers))
 
 
 def parse_layers(text: str) -> frozenset[int]:

@@ -344,7 +344,7 @@ def test_no_layer_waits_for_the_device(matching: str) -> None:
 def test_single_frame_and_full_factor_are_dense() -> None:
     reduction = ForwardReduction(ReductionConfig(query_factor=4, kv_factor=8), TokenLayout(1, 5, 1), 2, frozenset())
     assert reduction.keys(0, torch.zeros(1, 5, DIM)) is None
-    assert reduction.queries(0, torch.zeros(1, 5, DIM)) is None
+    assert not reduction.merges_queries
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------

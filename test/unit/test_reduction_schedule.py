@@ -48,13 +48,11 @@ def test_layer_ranges() -> None:
         parse_layers("5-3")
 
 
-def test_published_sets() -> None:
-    config = ReductionConfig()
-    assert sensitive_layers(config, "vggt", 24) == set(range(11, 17))
-    assert sensitive_layers(config, "pi3", 18) == set(range(11, 17))
-    assert sensitive_layers(config, "da3-giant", 14) == set(range(3, 13))
-    assert sensitive_layers(config, "vggt-omega", 24) == {10, 11, 12, 13, 15, 16, 17, 21}
-    assert sensitive_layers(config, "never-probed", 5) == {0, 1, 2, 3, 4}
+def test_published_set_or_all_layers() -> None:
+    assert sensitive_layers(ReductionConfig(), "vggt", 24, frozenset(range(11, 17))) == set(range(11, 17))
+    assert sensitive_layers(ReductionConfig(), "never-probed", 5) == {0, 1, 2, 3, 4}
+    with pytest.raises(ValueError, match="published sensitive layers of vggt: global layer 11 is unknown"):
+        sensitive_layers(ReductionConfig(), "vggt", 11, frozenset({11}))
 
 
 def test_factor_file_round_trip_and_precedence(tmp_path: Path) -> None:
