@@ -158,6 +158,12 @@ class LoopConfig(_Group):
 class ScaleConfig(_Group):
     _name = "scale"
     camera_height: float = param(0.0, "height of the camera above flat ground in metres; 0: unknown", ge=0.0, le=100.0)
+    min_baseline: float = param(0.3, "metres of odometry that one measurement of scale needs", ge=0.01, le=1000.0)
+    max_lever: float = param(0.5, "metres that the camera may be away from where the robot turns", ge=0.0, le=100.0)
+    gate: float = param(3.0, "sigmas by which a measurement may differ before it is refused", ge=0.5, le=100.0)
+    confirmations: int = param(3, "agreeing measurements before the scale is called metric", ge=1, le=100)
+    drift: float = param(0.003, "how much log scale may drift between two measurements", ge=0.0, le=1.0)
+    min_sigma: float = param(0.005, "log scale is never claimed to be known better than this", ge=0.0, le=1.0)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from spark3r_ros.frame import (
     DepthImage,
     Frame,
     FramePose,
+    Gauge,
     PointBatch,
     ScaleEstimate,
     TrackingState,
@@ -39,6 +40,7 @@ from spark3r_ros.frame import (
 from spark3r_ros.point_map import KeyframePoints, PointMap, keyframe_points, trusted
 from spark3r_ros.preprocess import FrameError, NetworkImage, Preprocessor, scale_intrinsics
 from spark3r_ros.refine import DepthPrior, Refiner
+from spark3r_ros.scale import OdometrySource, ScaleFilter, from_depth, from_height, from_model
 from spark3r_ros.solver import Solution, Solver
 from spark3r_ros.tracking import LOST_SIGMA, Estimate, NetworkTracker
 from spark3r_ros.tracks import FeatureTracker, Tracks
@@ -101,8 +103,10 @@ class Reconstructor:
         self._T_odom_camera = np.eye(4)
         self._T_map_odom = np.eye(4)
         self._state = TrackingState.INITIALISING
-        self._scale = ScaleEstimate()
+        self._scale_filter = ScaleFilter(self.config.scale)
+        self._odometry = OdometrySource(self.config.scale)
         self._last_report: WindowReport | None = None
+        self._was_metric = False
 
     # -- the method ----------------------------------------------------------------------------------------------
 
@@ -260,6 +264,7 @@ class Reconstructor:
         self._solver.commit(keyframes)
         for keyframe in new:
             self._points.set(keyframe.id, self._points_of(keyframe, keyframes))
+        self._measure_scale(new, link, solution.gauge)
         for keyframe in self._window.slide():
             keyframe.retire()
         self._tracker.rebase(keyframes[-1], self._window.previous_of(keyframes[-1:]), link)
@@ -306,6 +311,23 @@ class Reconstructor:
             if dense is not None:
                 K = dense.K if self._solver.K is None else self._solver.K
                 keyframe.dense = replace(dense, depth=(factor * dense.depth).astype(np.float32), K=K)
+
+    def _measure_scale(self, new: Sequence[Keyframe], link: Link | None, gauge: Gauge) -> None:
+        """Ask every source of metric scale about the new keyframes."""
+        measurements = self._odometry.add(new)
+        for keyframe in new:
+            measurements += [
+                m for m in (from_depth(keyframe), from_height(keyframe, self.config.scale.camera_height)) if m
+            ]
+        if gauge is Gauge.METRIC:
+            log_scale, sigma = (link.log_scale, link.sigma) if link else (0.0, 0.0)
+            measurements.append(from_model(new[-1], log_scale, sigma))
+        for m in measurements:
+            self._scale_filter.add(m, self._keyframes[m.keyframe_id].scale)
+
+    @property
+    def _scale(self) -> ScaleEstimate:
+        return self._scale_filter.estimate
 
     def _points_of(self, keyframe: Keyframe, window: Sequence[Keyframe]) -> KeyframePoints:
         dense, rgb = keyframe.dense, keyframe.rgb
@@ -381,10 +403,15 @@ class Reconstructor:
             depth=self._depth_image(solved) if solved else None,
             window=solved.report if solved else None,
             T_map_odom=self._T_map_odom,
-            map_changed=False,
+            map_changed=self._map_changed(),
             state=self._state,
             scale=self._scale,
         )
+
+    def _map_changed(self) -> bool:
+        """Whether what was given out earlier has other coordinates now; asked once per update."""
+        changed, self._was_metric = self._was_metric != self._scale.is_metric, self._scale.is_metric
+        return changed
 
     def _batch(self, keyframe_ids: Sequence[int]) -> PointBatch:
         points = self._points.gather({k: self._keyframes[k].S_map_keyframe for k in keyframe_ids})

@@ -10,7 +10,7 @@ from oracle import Oracle, ate, orbit, render
 
 from spark3r_ros import geometry
 from spark3r_ros.config import Config, with_values
-from spark3r_ros.frame import FramePose, TrackingState, Update
+from spark3r_ros.frame import FramePose, Gauge, TrackingState, Update
 from spark3r_ros.reconstructor import FrameError, Reconstructor
 
 OPTIONS = {"refine.mode": "off", "window.size": 6, "window.overlap": 2}
@@ -157,6 +157,36 @@ def test_frames_that_cannot_be_used_are_refused(stream):
         reconstructor.push(dataclasses.replace(later, image=np.zeros((60, 80, 3), np.uint8)))
     with pytest.raises(FrameError, match="uint8"):
         reconstructor.push(dataclasses.replace(later, image=later.image.astype(float)))
+
+
+def test_a_depth_image_makes_everything_metric(stream):
+    frames = [dataclasses.replace(f, depth=d) for f, d in zip(stream.frames, stream.depth, strict=True)]
+    metric = dataclasses.replace(stream, frames=frames)
+    reconstructor, updates = run(metric, Oracle(stream))
+    assert updates[-1].scale.is_metric
+    assert updates[-1].scale.source == "depth"
+    assert updates[-1].scale.metres_per_unit == pytest.approx(2.0, rel=0.01)
+    estimated = np.stack([T[:3, 3] for _, T in reconstructor.trajectory()])
+    assert ate(estimated, stream.T_world_camera[:, :3, 3])[1] == pytest.approx(1.0, rel=0.01)
+    assert sum(u.map_changed for u in updates) == 1
+    first = next(i for i, u in enumerate(updates) if u.poses)
+    steps = [np.linalg.norm(p.T_odom_camera[:3, 3] - q.T_odom_camera[:3, 3])
+             for p, q in zip(poses_of(updates)[1:], poses_of(updates), strict=False)]  # fmt: skip
+    assert max(steps[first:]) < 3 * np.median(steps)  # odometry does not jump when the unit becomes metres
+
+
+def test_robot_odometry_makes_it_metric(stream):
+    T = geometry.inverse(stream.T_world_camera[0]) @ stream.T_world_camera
+    frames = [dataclasses.replace(f, T_odom_base=t) for f, t in zip(stream.frames, T, strict=True)]
+    _, updates = run(dataclasses.replace(stream, frames=frames), Oracle(stream), scale__max_lever=0.0)
+    assert updates[-1].scale.source == "odometry"
+    assert updates[-1].scale.metres_per_unit == pytest.approx(2.0, rel=0.01)
+
+
+def test_a_metric_backbone_is_metric_from_the_first_window(stream):
+    _, updates = run(stream, Oracle(stream, gauge=Gauge.METRIC))
+    assert updates[-1].scale.source == "model"
+    assert updates[-1].scale.metres_per_unit == pytest.approx(1.0, rel=0.01)
 
 
 def test_state_is_initialising_until_the_first_window(stream):
