@@ -11,7 +11,7 @@ import numpy as np
 from nav_msgs.msg import Odometry
 from rclpy.callback_groups import CallbackGroup, MutuallyExclusiveCallbackGroup
 from rclpy.node import Node
-from rclpy.qos import ReliabilityPolicy
+from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.subscription import Subscription
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
@@ -208,7 +208,7 @@ class Companions:
         self._listen(CameraInfo, "camera_info", self._on_camera_info)
         self._listen(Image, "depth", self._on_depth)
         if self.config.odom_source in ("auto", "topic"):
-            self._listen(Odometry, "odom", self._on_odometry)
+            self._listen(Odometry, "odom", self._on_odometry, qos.ROBOT_ODOMETRY)
 
     def close(self) -> None:
         for subscription in self._subscriptions:
@@ -256,8 +256,10 @@ class Companions:
             self.config.odom_source == "auto" and self.config.tf_mode == "map_to_odom"
         )
 
-    def _listen(self, kind: type, topic: str, callback: Callable[[Any], None]) -> None:
-        subscription = self._node.create_subscription(kind, topic, callback, qos.SENSOR, callback_group=self._group)
+    def _listen(
+        self, kind: type, topic: str, callback: Callable[[Any], None], profile: QoSProfile = qos.SENSOR
+    ) -> None:
+        subscription = self._node.create_subscription(kind, topic, callback, profile, callback_group=self._group)
         self._subscriptions.append(subscription)
 
     def _on_camera_info(self, msg: CameraInfo) -> None:

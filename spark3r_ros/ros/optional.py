@@ -5,7 +5,7 @@ Each has an own counterpart, and a test that proves them equal wherever both exi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,21 +26,18 @@ except ImportError:
 
 # cv_bridge of Humble and Jazzy is compiled against NumPy 1 and fails under NumPy 2, at import or at the first use
 # (vision_opencv#535), with whatever its extension raises.
-_cv_bridge: Any
 try:
     import cv_bridge
-
-    _cv_bridge = cv_bridge.CvBridge()
 except (ImportError, AttributeError, SystemError):
-    _cv_bridge = None
+    cv_bridge = None
 
 
 def decode_with_cv_bridge(msg: Image) -> np.ndarray | None:
     """An image of an encoding that our own decoder does not know, [H, W, 3] uint8 RGB; None when it cannot be had."""
-    if _cv_bridge is None:
+    if cv_bridge is None:
         return None
     try:
-        return np.ascontiguousarray(_cv_bridge.imgmsg_to_cv2(msg, desired_encoding="rgb8"))
+        return np.ascontiguousarray(cv_bridge.CvBridge().imgmsg_to_cv2(msg, desired_encoding="rgb8"))
     except (cv_bridge.CvBridgeError, TypeError, ValueError, RuntimeError):
         return None
 

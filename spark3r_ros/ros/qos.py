@@ -17,6 +17,7 @@ except ImportError:  # Humble
 _INPUT_DEPTH = 10
 
 SENSOR = QoSProfile(depth=_INPUT_DEPTH, reliability=ReliabilityPolicy.BEST_EFFORT)
+ROBOT_ODOMETRY = QoSProfile(depth=100, reliability=ReliabilityPolicy.BEST_EFFORT)  # up to 200 Hz
 ODOMETRY = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
 NEWEST = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
 LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)

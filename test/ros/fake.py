@@ -1,4 +1,4 @@
-"""A reconstructor without a network: exact motion, instant answers, every failure on demand. The node around it is real."""
+"""A reconstructor without network: exact motion, instant answers, failures on demand; the node around it is real."""
 
 from __future__ import annotations
 

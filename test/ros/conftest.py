@@ -1,0 +1,30 @@
+"""Nodes under test over real DDS; skipped where ROS 2 is missing. The domain is chosen in test/conftest.py."""
+
+import pytest
+
+rclpy = pytest.importorskip("rclpy", reason="ROS 2 is not installed here")
+pytest.importorskip("tf2_msgs", reason="tf2_msgs is not installed here")
+
+from rig import Rig  # noqa: E402
+
+
+@pytest.fixture
+def ros():
+    """rclpy for one test."""
+    rclpy.init()
+    yield
+    rclpy.try_shutdown()
+
+
+@pytest.fixture
+def rig(ros):
+    """Builds nodes under test: ``rig(tf_mode="off")`` is a running one with a fake reconstructor."""
+    made = []
+
+    def build(**parameters):
+        made.append(Rig(**parameters))
+        return made[-1]
+
+    yield build
+    for one in made:
+        one.close()
