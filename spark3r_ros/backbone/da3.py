@@ -19,7 +19,6 @@ from spark3r_ros.backbone.model import (
 from spark3r_ros.backbone.preprocess import ResizeRule
 from spark3r_ros.backbone.trunk import FRAME, GLOBAL, PassOptions, Trunk, TrunkSpec
 
-
 WIDE = ((256, 512, 1024, 1024), 256)
 
 

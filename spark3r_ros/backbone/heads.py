@@ -11,9 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spark3r_ros.backbone.attention import grid_rope
-from spark3r_ros.backbone.blocks import Block
-
 FRAMES_PER_CHUNK = 8  # dense heads hold maps at full resolution, so they go through long windows in pieces
 
 

@@ -1,0 +1,91 @@
+"""The context is exact: windows one after another equal one pass under a block-causal mask of windows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import FAMILIES, images, tiny_model
+
+from spark3r_ros.backbone import Backbone
+from spark3r_ros.backbone.model import Geometry
+from spark3r_ros.backbone.trunk import PassOptions
+from spark3r_ros.config import ContextConfig
+
+WINDOWS = (3, 2, 3)  # frames
+NAMES = ("T_world_camera", "intrinsics", "depth", "confidence")
+
+
+def size(model) -> tuple[int, int]:
+    patch = model.spec.trunk.patch
+    return 3 * patch, 4 * patch
+
+
+@torch.inference_mode()
+def window_by_window(model, frames, *, reuse_first_tokens: bool = False) -> list[Geometry]:
+    context = Backbone(model).new_context(ContextConfig(), *frames.shape[-2:])
+    results, start = [], 0
+    for count in WINDOWS:
+        context.begin(count)
+        first = context.is_empty or reuse_first_tokens
+        window = frames[start : start + count]
+        results.append(model(window[None], PassOptions(first=first, context=context)))
+        context.commit(range(count), range(start, start + count))
+        start += count
+    return results
+
+
+@torch.inference_mode()
+def one_pass(model, frames) -> Geometry:
+    ids = torch.repeat_interleave(torch.arange(len(WINDOWS)), torch.tensor(WINDOWS))
+    return model(frames[None], PassOptions(window_ids=ids))
+
+
+def largest_difference(windows: list[Geometry], whole: Geometry) -> float:
+    """In units of each output's standard deviation; of depth, the logarithm, which is what networks put out."""
+    worst = 0.0
+    for name in NAMES:
+        a, b = torch.cat([getattr(w, name) for w in windows], dim=1), getattr(whole, name)
+        if name == "depth":
+            a, b = a.log(), b.log()
+        worst = max(worst, float((a - b).abs().max() / b.std()))
+    return worst
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_windows_with_context_equal_one_block_causal_pass(family):
+    model = tiny_model(family)
+    frames = images(sum(WINDOWS), *size(model))
+    assert largest_difference(window_by_window(model, frames), one_pass(model, frames)) < 1e-5
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "pi3"])
+def test_first_frame_tokens_in_a_later_window_break_it(family):
+    model = tiny_model(family)
+    frames = images(sum(WINDOWS), *size(model))
+    wrong = window_by_window(model, frames, reuse_first_tokens=True)
+    assert largest_difference(wrong, one_pass(model, frames)) > 0.05
+
+
+def test_pi3_is_permutation_equivariant():
+    model = tiny_model("pi3")
+    frames = images(5, *size(model))
+    order = torch.tensor([3, 0, 4, 2, 1])
+    with torch.inference_mode():
+        straight, permuted = model(frames[None]), model(frames[order][None])
+    for name in NAMES:
+        a, b = getattr(straight, name)[:, order], getattr(permuted, name)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["vggt", "omega"])
+def test_camera_heads_need_the_camera_tokens_of_past_frames(family):
+    """Without them a later window's poses are off, although its depth is exact."""
+    model = tiny_model(family)
+    frames = images(sum(WINDOWS), *size(model))
+    whole = one_pass(model, frames)
+    model.camera_head.register_forward_pre_hook(lambda _, args: (args[0], PassOptions()))
+    windows = window_by_window(model, frames)
+    depth = torch.cat([w.depth for w in windows], dim=1)
+    torch.testing.assert_close(depth.log(), whole.depth.log(), rtol=0, atol=2e-5)
+    poses = torch.cat([w.T_world_camera for w in windows], dim=1)
+    assert float((poses - whole.T_world_camera)[:, WINDOWS[0] :].abs().max()) > 0.01
