@@ -32,7 +32,7 @@ def any_view(
         global_rope="constant", eps=1e-6, layer_scale=1.0, ffn="swiglu" if dim == 1536 else "gelu", final_eps=1e-5,
         picks_reference=True,
     )  # fmt: skip
-    return ModelSpec(name=name, trunk=trunk, resize=ResizeRule(patch=14, longest=504), dpt=dpt)
+    return ModelSpec(name=name, trunk=trunk, resize=ResizeRule(14, 504), dpt=dpt)
 
 
 SPECS = {

@@ -46,7 +46,7 @@ SPEC = ModelSpec(
         eps=1e-6,
         layer_scale=0.2,
     ),
-    resize=ResizeRule(patch=PATCH, longest=192),
+    resize=ResizeRule(PATCH, 192),
     camera_tokens=1,
 )
 

@@ -22,7 +22,7 @@ SPEC = ModelSpec(
         kinds=tuple(k for i in range(24) for k in (FRAME, REGISTER if i in REGISTER_PAIRS else GLOBAL)),
         taps=(9, 23, 35, 47), num_special=17, frame_rope="unit", global_rope="none", layer_scale=1e-5,
     ),
-    resize=ResizeRule(patch=16, longest=512),
+    resize=ResizeRule(16, 512, "patches"),
     camera_tokens=17,
     encoder_depth=24,
 )  # fmt: skip

@@ -21,7 +21,7 @@ SPEC = ModelSpec(
     trunk=TrunkSpec(
         patch=14, dim=1024, heads=16, kinds=(FRAME, GLOBAL) * 18, taps=(35,), num_special=5, variants=1, eps=1e-6,
     ),
-    resize=ResizeRule(patch=14, longest=518),
+    resize=ResizeRule(14, 505, "area"),
     gauge=Gauge.FREE,
     encoder_depth=24,
 )  # fmt: skip
