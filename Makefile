@@ -17,7 +17,7 @@ setup:
 	@$(PYTHON) scripts/bootstrap.py
 
 demo: setup
-	@$(RUN) scripts/demo.py
+	@$(RUN) -m scripts.demo
 
 # in this order, and none beside another: the cheap checks fail first, and memory stays bounded
 test:

@@ -1,0 +1,360 @@
+#!/usr/bin/env python3
+"""The main job from end to end: a rendered camera stream through real DDS into the real node, measured.
+
+usage: make demo                      (or: .venv/bin/python -m scripts.demo [BAG --truth FILE] [--out DIR])
+
+Without arguments it renders a camera moving through a textured room (once, kept in out/demo), with exact poses. The
+node is a process of its own; this process plays the bag, listens to what the node publishes, and compares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from spark3r_ros import bags, export, geometry, sources
+from spark3r_ros.frame import CameraModel, Frame, PointBatch
+
+ROOT = Path(__file__).resolve().parent.parent
+PROFILE = ROOT / "config" / "fastdds_shm.xml"
+NODE, IMAGES = "/spark3r", "/camera/image_raw"
+NUM_FRAMES, RATE_HZ, WIDTH, HEIGHT = 240, 20, 640, 480
+FIRST_STAMP_NS = 1_700_000_000_123_456_789
+SILENCE_S = 90.0  # without any new pose: the node is stuck
+
+
+class DemoError(RuntimeError):
+    """Why the demo cannot go on; one line."""
+
+
+# ---- the sample ------------------------------------------------------------------------------------------------------
+
+
+def rendered(num_frames: int = NUM_FRAMES) -> Iterator[tuple[Frame, np.ndarray]]:
+    """Frames of a camera on its way around a room, with their exact T_world_camera."""
+    from training.paths import camera_path
+    from training.scenes import Scene, camera_matrix
+
+    scene, K = Scene(7, "room"), camera_matrix(WIDTH, HEIGHT, 75)
+    camera = CameraModel(WIDTH, HEIGHT, K)
+    for i, T_world_camera in enumerate(camera_path("orbit", num_frames, seed=7)):
+        image, _ = scene.render(T_world_camera, K, WIDTH, HEIGHT)
+        yield Frame(FIRST_STAMP_NS + i * sources.NS_PER_S // RATE_HZ, image, "camera", camera), T_world_camera
+
+
+def sample(folder: Path) -> tuple[Path, Path]:
+    """The rendered bag and its true trajectory, made when missing."""
+    bag, truth = folder / "room", folder / "room_truth.tum"
+    if bag.exists() and truth.exists():
+        return bag, truth
+    poses = []
+    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+
+        def frames() -> Iterator[Frame]:
+            for frame, T_world_camera in tqdm(rendered(), total=NUM_FRAMES, unit="frame", desc="rendering the sample"):
+                poses.append((frame.stamp_ns, T_world_camera))
+                yield frame
+
+        bags.write_bag(frames(), Path(unfinished) / "room")
+        shutil.rmtree(bag, ignore_errors=True)
+        (Path(unfinished) / "room").rename(bag)
+    export.write_tum(truth, poses)
+    return bag, truth
+
+
+# ---- the node and its listener ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Received:
+    """What the node said."""
+
+    odometry: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    path: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    map: PointBatch | None = None
+    points: int = 0
+    clouds: int = 0
+    problems: list[str] = field(default_factory=list)
+    last_news: float = field(default_factory=time.monotonic)
+
+
+class Listener:
+    """Subscribes to the node's topics in a thread of its own."""
+
+    def __init__(self, node: Any) -> None:
+        from diagnostic_msgs.msg import DiagnosticArray
+        from nav_msgs.msg import Odometry
+        from nav_msgs.msg import Path as PathMessage
+        from rclpy.executors import SingleThreadedExecutor
+        from rclpy.qos import DurabilityPolicy, QoSProfile
+        from sensor_msgs.msg import PointCloud2
+
+        self.got = Received()
+        latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        node.create_subscription(Odometry, f"{NODE}/odometry", self._on_odometry, QoSProfile(depth=1000))
+        node.create_subscription(PathMessage, f"{NODE}/path", self._on_path, latched)
+        node.create_subscription(PointCloud2, f"{NODE}/points", self._on_points, QoSProfile(depth=10))
+        node.create_subscription(PointCloud2, f"{NODE}/map", self._on_map, latched)
+        node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 10)
+        self._executor = SingleThreadedExecutor()
+        self._executor.add_node(node)
+        self._thread = threading.Thread(target=self._executor.spin, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._executor.shutdown()
+        self._thread.join()
+
+    def _on_odometry(self, msg: Any) -> None:
+        from spark3r_ros.ros import conversions, stamps
+
+        self.got.odometry.append((stamps.to_ns(msg.header.stamp), conversions.matrix_from_pose(msg.pose.pose)))
+        self.got.last_news = time.monotonic()
+
+    def _on_path(self, msg: Any) -> None:
+        from spark3r_ros.ros import conversions, stamps
+
+        self.got.path = [(stamps.to_ns(p.header.stamp), conversions.matrix_from_pose(p.pose)) for p in msg.poses]
+
+    def _on_points(self, msg: Any) -> None:
+        self.got.points += msg.width * msg.height
+        self.got.clouds += 1
+
+    def _on_map(self, msg: Any) -> None:
+        from spark3r_ros.ros.conversions import POINT
+
+        cloud = np.frombuffer(msg.data, POINT)
+        xyz = np.stack([cloud["x"], cloud["y"], cloud["z"]], axis=1)
+        rgb = (cloud["rgb"][:, None] >> np.array([16, 8, 0], np.uint32)).astype(np.uint8)
+        self.got.map = PointBatch(0, xyz, rgb, cloud["confidence"])
+
+    def _on_diagnostics(self, msg: Any) -> None:
+        worst = [status.message for status in msg.status if status.level not in (b"\x00", b"\x01")]
+        self.got.problems = worst
+
+
+@contextlib.contextmanager
+def running_node(log: Path, settings: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """The node as a process; it is ended whatever happens."""
+    parameters = ["drop_policy:=never", "base_frame:=''", "use_sim_time:=true", "map_period:=0.5", *settings]
+    arguments = [word for setting in parameters for word in ("-p", setting)]
+    remaps = ["-r", f"image:={IMAGES}", "-r", "camera_info:=/camera/camera_info"]
+    command = [sys.executable, "-m", "spark3r_ros.ros.node", "--ros-args", *arguments, *remaps]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)
+        try:
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def deactivate(node: Any) -> None:
+    """Ask the node to finish: it solves and publishes what is pending."""
+    from lifecycle_msgs.msg import Transition
+    from lifecycle_msgs.srv import ChangeState
+
+    client = node.create_client(ChangeState, f"{NODE}/change_state")
+    if not client.wait_for_service(10.0):
+        raise DemoError("the node's change_state service is not there")
+    request = ChangeState.Request(transition=Transition(id=Transition.TRANSITION_DEACTIVATE))
+    future = client.call_async(request)
+    wait(future.done, 300.0, "the node did not finish its last window")
+
+
+def wait(condition: Any, seconds: float, problem: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise DemoError(problem)
+        time.sleep(0.05)
+
+
+class Progress:
+    """A bar over the poses that came back, redrawn twice a second at most."""
+
+    def __init__(self, total: int, got: Received) -> None:
+        self._bar = tqdm(total=total, unit="pose", desc="the node loads its model")
+        self._got = got
+        self._drawn = 0.0
+
+    def show(self, doing: str, sent: int) -> None:
+        if time.monotonic() - self._drawn > 0.5:
+            self._drawn = time.monotonic()
+            self._bar.n = len(self._got.odometry)
+            self._bar.set_description(doing, refresh=False)
+            self._bar.set_postfix(sent=sent, points=self._got.points)
+
+    def close(self) -> None:
+        self._bar.n = len(self._got.odometry)
+        self._bar.close()
+
+
+def stream(bag: Path, rate: float, log: Path, settings: list[str]) -> tuple[int, Received, float]:
+    """Play the bag into the node; returns images sent, what came back, and the seconds that it took."""
+    import rclpy
+
+    rclpy.init()
+    node = rclpy.create_node("demo")
+    listener = Listener(node)
+    progress = Progress(len(sources.open_source(bag)), listener.got)
+    try:
+        with running_node(log, settings) as process:
+            sent, start = play_into(node, bag, rate, process, progress, log)
+            while len(listener.got.odometry) < sent and time.monotonic() - listener.got.last_news < SILENCE_S:
+                progress.show("the node catches up", sent)
+                check_alive(process, log)
+                time.sleep(0.1)
+            seconds = time.monotonic() - start
+            deactivate(node)
+            time.sleep(1.0)  # what the last window caused is on its way
+        return sent, listener.got, seconds
+    finally:
+        progress.close()
+        listener.close()
+        node.destroy_node()
+        rclpy.try_shutdown()
+
+
+def play_into(
+    node: Any, bag: Path, rate: float, process: subprocess.Popen[bytes], progress: Progress, log: Path
+) -> tuple[int, float]:
+    """Play the bag when the node listens; returns the images sent and when the first one was."""
+    from spark3r_ros.ros.player import PlayError, play
+
+    sent = 0
+
+    def on_message(topic: str) -> None:
+        nonlocal sent
+        sent += topic == IMAGES
+        check_alive(process, log)
+        progress.show("playing", sent)
+
+    try:
+        played = play(node, bag, rate=rate, wait_for=[IMAGES], wait_s=120.0, on_message=on_message)
+    except PlayError as error:
+        raise DemoError(f"{error}: see {log}") from error
+    return sent, time.monotonic() - played.wall_s
+
+
+def check_alive(process: subprocess.Popen[bytes], log: Path) -> None:
+    if process.poll() is not None:
+        raise DemoError(f"the node ended with status {process.returncode}: see {log}")
+
+
+# ---- the comparison --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A trajectory against the truth, after Sim(3) alignment."""
+
+    ate: float  # RMSE in metres
+    length: float  # of the true path in metres
+    truth: list[tuple[int, np.ndarray]]  # the true poses moved into the trajectory's frame and scale
+
+
+def compare(trajectory: export.Trajectory, truth: export.Trajectory) -> Accuracy:
+    """Absolute trajectory error by evo; poses belong together when their stamps differ by less than a millisecond."""
+    from evo.core import metrics, sync
+    from evo.core.trajectory import PoseTrajectory3D
+
+    def to_evo(poses: export.Trajectory) -> PoseTrajectory3D:
+        seconds = np.array([1e-9 * (stamp_ns - truth[0][0]) for stamp_ns, _ in poses])
+        return PoseTrajectory3D(poses_se3=[T for _, T in poses], timestamps=seconds)
+
+    reference, estimate = sync.associate_trajectories(to_evo(truth), to_evo(trajectory), max_diff=1e-3)
+    R, t, scale = estimate.align(reference, correct_scale=True)
+    error = metrics.APE(metrics.PoseRelation.translation_part)
+    error.process_data((reference, estimate))
+    S_map_truth = geometry.inverse(geometry.similarity(scale, geometry.make_T(R, t)))
+    moved = [(stamp_ns, geometry.apply_similarity_to_pose(S_map_truth, T)) for stamp_ns, T in truth]
+    return Accuracy(float(error.get_statistic(metrics.StatisticsType.rmse)), float(reference.path_length), moved)
+
+
+def largest_stamp_difference(bag: Path, odometry: export.Trajectory) -> int:
+    """Nanoseconds between each pose's stamp and the nearest image's."""
+    images = np.array([frame.stamp_ns for frame in sources.open_source(bag)])
+    return max((int(np.abs(images - stamp_ns).min()) for stamp_ns, _ in odometry), default=0)
+
+
+def report(out: Path, bag: Path, sent: int, got: Received, seconds: float, truth_file: Path | None) -> None:
+    """Write trajectory, map and picture, and say how it went."""
+    cloud = got.map or PointBatch(0, np.zeros((0, 3), np.float32), np.zeros((0, 3), np.uint8), np.zeros(0, np.float32))
+    lines = [
+        f"frames in            {sent}",
+        f"poses out            {len(got.odometry)}",
+        f"stamp difference     {largest_stamp_difference(bag, got.odometry)} ns at most",
+        f"points published     {got.points} in {got.clouds} clouds; {len(cloud.xyz)} in the map",
+        f"rates                {sent / seconds:.1f} frames/s in, {len(got.odometry) / seconds:.1f} poses/s out",
+        f"path                 {export.path_length(got.odometry):.2f} model units",
+    ]
+    shown: export.Trajectory = ()
+    if truth_file is not None and len(got.odometry) > 2:
+        accuracy = compare(got.odometry, truth := export.read_tum(truth_file))
+        shown = accuracy.truth
+        percent = 100 * accuracy.ate / accuracy.length
+        lines.append(
+            f"ATE of the poses     {accuracy.ate:.4f} m after Sim(3), {percent:.2f}% of {accuracy.length:.2f} m"
+        )
+        if len(got.path) > 2:
+            corrected = compare(got.path, truth)
+            lines.append(f"ATE of the path      {corrected.ate:.4f} m after Sim(3), {len(got.path)} keyframes")
+    trajectory, ply, picture = out / "trajectory.tum", out / "map.ply", out / "report.png"
+    export.write_tum(trajectory, got.odometry)
+    export.write_ply(ply, cloud)
+    title = f"{bag.name}: {len(got.odometry)} poses, {len(cloud.xyz)} points"
+    export.plot_map(picture, got.odometry, cloud, up="z", truth=shown, title=title)
+    lines += [f"trajectory (TUM)     {trajectory}", f"map (PLY)            {ply}", f"picture              {picture}"]
+    lines += [f"the node says        {problem}" for problem in got.problems]
+    print("\n".join(lines))
+
+
+def prepare_ros() -> None:
+    """A domain of our own on this machine only, and shared memory large enough for images."""
+    os.environ.setdefault("ROS_DOMAIN_ID", str(os.getpid() % 101 + 1))
+    os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+    os.environ.setdefault("FASTDDS_DEFAULT_PROFILES_FILE", str(PROFILE))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("bag", nargs="?", type=Path, help="rosbag2 with /camera/image_raw (scripts/make_bag.py)")
+    parser.add_argument("--truth", type=Path, help="TUM file to compare with")
+    parser.add_argument("--rate", type=float, default=1.0, help="2.0 is twice as fast as recorded")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo", help="where the results go")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME:=VALUE", help="a parameter of the node")
+    options = parser.parse_args()
+    prepare_ros()
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        bag, truth = (options.bag, options.truth) if options.bag else sample(options.out)
+        sent, got, seconds = stream(bag, options.rate, options.out / "node.log", options.set)
+        report(options.out, bag, sent, got, seconds, truth)
+    except (DemoError, sources.SourceError) as error:
+        sys.exit(f"demo: {error}")
+    except KeyboardInterrupt:
+        sys.exit("demo: interrupted")
+    if len(got.odometry) != sent:
+        sys.exit(f"demo: {sent} frames in, but {len(got.odometry)} poses out: see {options.out / 'node.log'}")
+
+
+if __name__ == "__main__":
+    main()
