@@ -49,7 +49,7 @@ class Statistics:
         self.worker_error = ""
         self._arrivals: dict[int, float] = {}  # of images that have no pose yet, by stamp
         self._latencies: deque[float] = deque(maxlen=_LATENCIES)
-        self._ticks: deque[tuple[float, int, int]] = deque(maxlen=_RATE_TICKS + 1)
+        self._ticks: deque[tuple[float, int, int]] = deque([(time.monotonic(), 0, 0)], maxlen=_RATE_TICKS + 1)
 
     def image_arrived(self) -> None:
         self.images += 1

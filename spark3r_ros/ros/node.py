@@ -308,7 +308,10 @@ class Spark3rNode(LifecycleNode):
         error = await finished
         response.success = error is None
         response.message = done if error is None else f"{type(error).__name__}: {error}"
-        (self.get_logger().info if response.success else self.get_logger().error)(response.message)
+        if response.success:
+            self.get_logger().info(response.message)
+        else:
+            self.get_logger().error(response.message)
         return response
 
     def _save_map(self, name: str) -> None:
@@ -377,6 +380,13 @@ class Spark3rNode(LifecycleNode):
         return f"{self.stats.state.value}; lengths are model units: no source of metric scale has spoken{held}"
 
     # ---- the rest --------------------------------------------------------------------------------------------------
+
+    def set_parameters_atomically(self, parameter_list: list[Parameter]) -> SetParametersResult:
+        """As rclpy's, but an unknown parameter is refused by its name and with the nearest known one."""
+        for parameter in parameter_list:
+            if not self.has_parameter(parameter.name):
+                return SetParametersResult(successful=False, reason=parameters.unknown(parameter.name))
+        return super().set_parameters_atomically(parameter_list)
 
     def _on_parameters(self, changed: list[Parameter]) -> SetParametersResult:
         """Dynamic parameters only come this far; rclpy refuses the read-only and the unknown ones by name."""

@@ -31,8 +31,7 @@ def build_configs(
     known = {p.name: p for p in all_parameters(config, node_config)}
     for name in values:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(f"unknown parameter {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise ValueError(unknown(name))
     own = {f.name for f in dataclasses.fields(NodeConfig)}
     flat = {n: _as_declared(known[n], v) for n, v in values.items() if n in own}
     grouped = {n: v for n, v in values.items() if n not in own}
@@ -41,6 +40,12 @@ def build_configs(
     except ValueError as error:
         raise ValueError(str(error).replace("node.", "")) from None  # users know these names without a group
     return with_values(config, grouped), node_config
+
+
+def unknown(name: str) -> str:
+    """What to say about a parameter that does not exist."""
+    near = difflib.get_close_matches(name, [p.name for p in all_parameters()], n=1)
+    return f"unknown parameter {name!r}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def declare(node: Node, config: Config) -> tuple[Config, NodeConfig]:

@@ -55,6 +55,7 @@ class Rig:
         self._peer_executor.add_node(self.peer)
         self._image_publisher = None
         self._next_ns = now_ns()
+        self._is_closed = False
 
     @property
     def fake(self) -> FakeReconstructor:
@@ -69,6 +70,9 @@ class Rig:
             self.executor.spin()
 
     def close(self):
+        if self._is_closed:
+            return
+        self._is_closed = True
         self.executor.shutdown()
         self._thread.join()
         self.node.close()

@@ -99,7 +99,7 @@ def test_cloud_is_moved_free_of_nan_and_reuses_its_buffer():
         batch.xyz[3::7, 0] = np.inf
         msg = writer.write("map", batch, T)
         good = np.isfinite(batch.xyz).all(axis=1)
-        got = np.frombuffer(msg.data, conversions.POINT)
+        got = np.frombuffer(bytes(msg.data), conversions.POINT)
         assert len(got) == good.sum() == msg.width
         assert msg.row_step == len(msg.data) == msg.width * msg.point_step
         xyz = np.stack([got["x"], got["y"], got["z"]], axis=1)

@@ -42,6 +42,10 @@ def is_known(messages, target, source, stamp_ns):
     return True
 
 
+def tracking_message(diagnostics):
+    return statuses(diagnostics[-1])["spark3r: tracking"]["message"]
+
+
 def recorded(r):
     """Only what the node under test sends: the peer's own transforms are told apart by their child."""
     return r.listen(TFMessage, "/tf")
@@ -100,9 +104,8 @@ def test_map_to_odom_is_resent_at_20_hz_dated_ahead(rig):
 
 def drive(r, sent_from, count, T_odom_base):
     """The robot's own odometry in TF, 100 Hz around the images."""
-    r.send_tf(
-        *(("odom", "base_link", sent_from + i * 10 * MS, T_odom_base(sent_from + i * 10 * MS)) for i in range(count))
-    )
+    dates = [sent_from + i * 10 * MS for i in range(count)]
+    r.send_tf(*(("odom", "base_link", date, T_odom_base(date)) for date in dates))
 
 
 def test_map_to_odom_corrects_a_robot_whose_odometry_slips(rig):
@@ -149,7 +152,7 @@ def test_map_to_odom_is_held_until_the_scale_is_metric(rig):
     held = [matrix(t.transform) for m in tf for t in m.transforms if t.child_frame_id == "odom"]
     assert held
     assert np.allclose(held, np.eye(4))
-    r.until(lambda: diagnostics and "is held" in statuses(diagnostics[-1])["spark3r: tracking"]["message"])
+    r.until(lambda: diagnostics and "is held" in tracking_message(diagnostics))
 
 
 def test_map_to_odom_from_the_odometry_topic(rig):
@@ -212,11 +215,7 @@ def test_a_second_parent_is_never_given(rig):
     r.send_tf(("base_link", CAMERA, 0, T_BASE_CAMERA), static=True)
     drive(r, now_ns(), 5, lambda stamp_ns: np.eye(4))
     r.send(5)
-    r.until(
-        lambda: (
-            diagnostics and "already has the parent 'odom'" in statuses(diagnostics[-1])["spark3r: tracking"]["message"]
-        )
-    )
+    r.until(lambda: diagnostics and "already has the parent 'odom'" in tracking_message(diagnostics))
     assert links(tf) == {("odom", "base_link")}
     assert len(tf) == 1, "only the robot's"
 
@@ -252,7 +251,7 @@ def test_a_camera_with_another_parent_gets_no_second_one(rig):
     diagnostics = r.listen(DiagnosticArray, "/diagnostics")
     r.send_tf(("camera_link", CAMERA, 0, T_BODY_OPTICAL), static=True)
     r.send(1, wait=False)
-    r.until(lambda: diagnostics and "'camera_link'" in statuses(diagnostics[-1])["spark3r: tracking"]["message"])
+    r.until(lambda: diagnostics and "'camera_link'" in tracking_message(diagnostics))
     assert not tf
 
 
@@ -261,11 +260,9 @@ def test_a_pan_tilt_head_moves_the_camera_on_the_base(rig):
     odometry = r.listen(Odometry, "/spark3r/odometry")
     start = now_ns()
 
-    def head(stamp_ns):  # the head turns as fast as the base turns back: the camera itself goes straight on
-        return (
-            geometry.make_T(geometry.so3_exp([0, 0, 1e-9 * (stamp_ns - start)]), np.array([0.2, 0, 1.0]))
-            @ T_BODY_OPTICAL
-        )
+    def head(stamp_ns):
+        turn = geometry.so3_exp([0, 0, 1e-9 * (stamp_ns - start)])
+        return geometry.make_T(turn, np.array([0.2, 0, 1.0])) @ T_BODY_OPTICAL
 
     r.send_tf(*(("base_link", CAMERA, start + i * 10 * MS, head(start + i * 10 * MS)) for i in range(30)))
     sent = r.send(5, start_ns=start + 5 * MS)
