@@ -57,9 +57,10 @@ def losses(estimate: Estimate, T_solved: Tensor | None, batch: Batch, seen: Tens
     return terms
 
 
+# Chosen so that the terms' gradients are of like size: pose terms are steep, depth is what the second solve needs.
 WEIGHTS = {
-    "rotation": 0.7, "translation": 1.0, "solved_rotation": 0.7, "solved_translation": 1.0, "depth": 2.0,
-    "likelihood": 0.5, "unit": 1.0, "focal": 0.7,
+    "rotation": 0.15, "translation": 0.1, "solved_rotation": 0.7, "solved_translation": 0.7, "depth": 4.0,
+    "likelihood": 1.0, "unit": 1.5, "focal": 1.0,
 }  # fmt: skip
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +44,7 @@ class TrainConfig:
     rate: float = 1.2e-3
     warm_up: int = 200
     weight_decay: float = 0.01
-    clip: float = 1.0
+    clip: float = 3.0
     mean_decay: float = 0.998
     solve_from: int = 0  # step from which poses are also trained through the second solve
     known_k: float = 0.75  # share of the steps with known K
@@ -173,16 +175,18 @@ def main() -> None:
 
 def run(trainer: Trainer, args: argparse.Namespace) -> None:
     """Train until the time or the cool-down is over; log means of 25 steps, save and look for new shards regularly."""
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())  # save before going
     begin = last = saved = time.monotonic()
     recent: list[dict[str, float]] = []
     first_step = trainer.step
     while True:
-        done = (trainer.step - first_step) / args.cooldown if args.cooldown else 0.0
+        done = (trainer.step + 1 - first_step) / args.cooldown if args.cooldown else 0.0
         recent.append(trainer.train_step(1.0 - 0.98 * done))
         now = time.monotonic()
         trainer.seconds += now - last
         last = now
-        finished = now - begin > args.hours * 3600 or (args.cooldown and trainer.step - first_step >= args.cooldown)
+        finished = stop.is_set() or now - begin > args.hours * 3600 or done >= 1
         if trainer.step % 25 == 0:
             line = {name: round(float(np.mean([r[name] for r in recent if name in r])), 5) for name in recent[-1]}
             head = {"step": trainer.step, "samples": trainer.samples, "hours": round(trainer.seconds / 3600, 4)}

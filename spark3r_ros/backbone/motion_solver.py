@@ -15,6 +15,7 @@ ROBUST_SCALE = 3.0  # residuals beyond so many sigmas lose weight (Cauchy)
 TRANSLATION_SIGMA = 1.0  # prior, in units of depth
 MAX_DEPTH_STEP = 0.7  # of log inverse depth per iteration
 MIN_Z = 0.05
+START_STEP = 0.1  # translation per frame, in units of depth, that a direction is tried with
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +50,7 @@ def solve_motion(
     weights: Tensor,
     prior_mean: Tensor,
     prior_sigma: Tensor,
-    start: tuple[Tensor, Tensor] | None = None,
-    flat_iterations: int = 3,
+    start: tuple[Tensor, Tensor],
     iterations: int = 5,
 ) -> Motion:
     """Minimise flow residuals and the depth prior over both partners' poses and the shared inverse depths.
@@ -60,24 +60,53 @@ def solve_motion(
         targets: [B, P, N, 2] where they are seen in the partners.
         weights: [B, P, N] one over squared sigma of a target; 0: unknown.
         prior_mean, prior_sigma: [B, N] of log inverse depth.
-        start: R [B, P, 3, 3] and t [B, P, 3]; None: no motion.
-        flat_iterations: first iterations, over poses only.
-        iterations: further ones, over everything.
+        start: R [B, P, 3, 3] and t [B, P, 3].
     """
-    if start is None:
-        R = torch.eye(3, dtype=points.dtype, device=points.device).expand(*targets.shape[:2], 3, 3)
-        t = targets.new_zeros(*targets.shape[:2], 3)
-    else:
-        R, t = start
+    R, t = start
     s = prior_mean
-    for iteration in range(flat_iterations + iterations):
+    for _ in range(iterations):
         system = _linearise(points, targets, weights, R, t, s)
-        step, depth_step = _solve_step(system, t, s, prior_mean, prior_sigma, iteration >= flat_iterations)
+        step, depth_step = _solve_step(system, t, s, prior_mean, prior_sigma)
         R, t = so3_exp(step[..., 3:]) @ R, t + step[..., :3]
         s = s + depth_step.clamp(-MAX_DEPTH_STEP, MAX_DEPTH_STEP)
     last = _linearise(points, targets, weights, R, t, s)
     information = (last.w * (last.J_s**2).sum(-1)).sum(1) + prior_sigma**-2
     return Motion(R, t, s, information, last.residual)
+
+
+def solve_from_directions(
+    points: Tensor, targets: Tensor, weights: Tensor, offsets: Tensor, grid: tuple[int, int], prior_sigma: float
+) -> Motion:
+    """``solve_motion`` from the best of six directions of travel; from rest it ends in a wrong minimum half the time.
+
+    Args:
+        points, targets, weights: as for ``solve_motion``; the N points lie on ``grid`` = (rows, columns).
+        offsets: [B, P] partner's place in time minus the frame's; 0: no partner.
+        prior_sigma: of log inverse depth, whose prior mean is zero.
+    """
+    directions = torch.cat([torch.eye(3), -torch.eye(3)]).to(points)  # [6, 3]
+    count = len(directions)
+    t = -START_STEP * offsets[:, None, :, None] * directions[None, :, None]  # [B, 6, P, 3]
+    sparse = torch.arange(grid[0] * grid[1], device=points.device).view(grid)[::2, ::2].flatten()
+
+    def repeat(x: Tensor) -> Tensor:
+        return x.repeat_interleave(count, dim=0)
+
+    few = (repeat(points[:, sparse]), repeat(targets[:, :, sparse]), repeat(weights[:, :, sparse]))
+    mean = torch.zeros_like(few[0][..., 0])
+    still = torch.eye(3).to(points).expand(len(mean), offsets.shape[1], 3, 3)
+    tried = solve_motion(*few, mean, mean + prior_sigma, (still, t.flatten(0, 1)), 6)
+    best = robust_cost(tried, few[2], mean, mean + prior_sigma).unflatten(0, (-1, count)).argmin(dim=1)
+    rows = torch.arange(len(best), device=best.device) * count + best
+    mean = torch.zeros_like(points[..., 0])
+    return solve_motion(points, targets, weights, mean, mean + prior_sigma, (tried.R[rows], tried.t[rows]), 4)
+
+
+def robust_cost(motion: Motion, weights: Tensor, prior_mean: Tensor, prior_sigma: Tensor) -> Tensor:
+    """What ``solve_motion`` minimises, [B] (twice the negative log likelihood)."""
+    squared = weights * (motion.residual**2).sum(-1) / ROBUST_SCALE**2
+    prior = ((motion.log_inverse_depth - prior_mean) / prior_sigma) ** 2
+    return ROBUST_SCALE**2 * torch.log1p(squared).sum(dim=(1, 2)) + prior.sum(dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +138,7 @@ def _linearise(points: Tensor, targets: Tensor, weights: Tensor, R: Tensor, t: T
 
 
 def _solve_step(
-    system: _System, t: Tensor, s: Tensor, prior_mean: Tensor, prior_sigma: Tensor, with_depth: bool
+    system: _System, t: Tensor, s: Tensor, prior_mean: Tensor, prior_sigma: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Pose step [B, P, 6] and depth step [B, N] of one damped Gauss-Newton iteration (Schur complement over depths)."""
     batch, num_partners = t.shape[:2]
@@ -120,8 +149,6 @@ def _solve_step(
     prior = torch.tensor([TRANSLATION_SIGMA**-2] * 3 + [1.0] * 3, dtype=t.dtype, device=t.device)
     H = H + torch.diag_embed(1e-4 * H.diagonal(dim1=-2, dim2=-1) + prior)
     b = b - torch.cat([t, torch.zeros_like(t)], dim=-1) * prior
-    if not with_depth:
-        return torch.linalg.solve(H, b), torch.zeros_like(s)
     H_ps = (system.w[..., None] * (system.J * system.J_s[..., None]).sum(-2)).transpose(1, 2).flatten(2)  # [B, N, 6P]
     H_ss = (system.w * (system.J_s**2).sum(-1)).sum(1) + prior_sigma**-2  # [B, N]
     b_s = (system.w * (system.J_s * system.residual).sum(-1)).sum(1) + (prior_mean - s) * prior_sigma**-2

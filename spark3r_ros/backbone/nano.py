@@ -2,8 +2,8 @@
 
 Besides RGB it sees each frame's optical flow to the one and two frames before it (``motion.py``). A classical robust
 solver (``motion_solver.py``) turns flow into a first camera motion and inverse depth; flow without that rotation, what
-the solver found and how sure it is go into the patch tokens. The trunk corrects motion and depth across frames, then the
-solver runs once more with the network's depth as its prior. Poses are relative and chained; with a context the
+the solver found and how sure it is go into the patch tokens. The trunk corrects motion and depth across frames, then
+the solver runs once more with the network's depth as its prior. Poses are relative and chained; with a context the
 chain starts at the pose of a context frame that is recognised among the previous frames or this pass's own.
 
 Shapes: B batch, S frames, H x W pixels, h x w cells of CELL pixels, N solver points (cells pooled by POOL).
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from spark3r_ros.backbone.model import Geometry, Model, ModelSpec, T_from_R_t, inverse_T
 from spark3r_ros.backbone.motion import CELL, CHANNELS, NUM_PARTNERS, motion_channels, partners
-from spark3r_ros.backbone.motion_solver import Motion, so3_exp, solve_motion
+from spark3r_ros.backbone.motion_solver import Motion, so3_exp, solve_from_directions, solve_motion
 from spark3r_ros.backbone.preprocess import ResizeRule
-from spark3r_ros.backbone.trunk import FRAME, GLOBAL, PassOptions, Tokens, Trunk, TrunkSpec
+from spark3r_ros.backbone.trunk import DENSE, FRAME, GLOBAL, PassOptions, Tokens, Trunk, TrunkSpec
 from spark3r_ros.context import KVContext
 
 PATCH = 24
@@ -121,7 +121,7 @@ class Nano(Model):
     def forward(
         self,
         images: Tensor,
-        options: PassOptions = PassOptions(),
+        options: PassOptions = DENSE,
         *,
         motion: Tensor | None = None,
         intrinsics: Tensor | None = None,
@@ -143,7 +143,7 @@ class Nano(Model):
         return Geometry(T_world_camera, estimate.K, log_depth.exp(), logit, estimate.tokens.descriptors)
 
     def estimate(
-        self, small: Tensor, motion: Tensor, intrinsics: Tensor | None, options: PassOptions = PassOptions()
+        self, small: Tensor, motion: Tensor, intrinsics: Tensor | None, options: PassOptions = DENSE
     ) -> Estimate:
         """The network's estimate.
 
@@ -220,7 +220,7 @@ class Nano(Model):
         error = F.avg_pool2d(estimate.log_error.flatten(0, 1)[:, None], POOL).flatten(1).exp()
         T = estimate.T_partner_frame.flatten(0, 1)
         start = (T[..., :3, :3], T[..., :3, 3])
-        solved = solve_motion(points, targets, weights, mean, (1.4 * error).clamp(0.03, 0.5), start, 0, iterations)
+        solved = solve_motion(points, targets, weights, mean, (1.4 * error).clamp(0.03, 0.5), start, iterations)
         return T_from_R_t(solved.R, solved.t).unflatten(0, size)
 
 
@@ -241,8 +241,8 @@ def observe(motion: Tensor, K: Tensor) -> Observation:
     points = (pixels - K[:, None, :2, 2]) / focal
     targets = points[:, None] + pooled / focal[:, None]
     weights = weights.flatten(2) * (focal[..., 0] ** 2)[..., None]
-    flat = torch.zeros_like(points[..., 0])
-    first = solve_motion(points, targets, weights, flat, flat + DEPTH_SIGMA)
+    offsets = motion[:, NUM_PARTNERS * CHANNELS : NUM_PARTNERS * (CHANNELS + 1), 0, 0]  # [F, 2]
+    first = solve_from_directions(points, targets, weights, offsets, (rows, columns), DEPTH_SIGMA)
     return Observation(points, targets, weights, (rows, columns), K, first)
 
 
