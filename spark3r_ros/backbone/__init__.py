@@ -31,7 +31,7 @@ class Backbone:
 
     def fit_size(self, height: int, width: int) -> tuple[int, int]:
         """Preferred network size (height, width) for a camera image."""
-        return self.spec.resize.fit(height, width)
+        return self.spec.resize.plan(height, width).size
 
     def new_context(self, config: ContextConfig, height: int, width: int) -> KVContext:
         """An empty context for images of this network size."""

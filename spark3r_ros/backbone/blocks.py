@@ -34,7 +34,7 @@ class Mlp(nn.Module):
 
 
 class SwiGlu(nn.Module):
-    """Gated feed-forward, both inner projections fused: silu(first half) * second half; hidden 2/3 of 4 C, rounded to 8."""
+    """Gated feed-forward, inner projections fused: silu(first half) * second half; 2 / 3 of 4 C wide, rounded to 8."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

@@ -17,7 +17,8 @@ from spark3r_ros.backbone.model import (
     matrix_from_quat_xyzw,
 )
 from spark3r_ros.backbone.preprocess import ResizeRule
-from spark3r_ros.backbone.trunk import FRAME, GLOBAL, PassOptions, Trunk, TrunkSpec
+from spark3r_ros.backbone.trunk import DENSE, FRAME, GLOBAL, PassOptions, Trunk, TrunkSpec
+from spark3r_ros.frame import Gauge
 
 WIDE = ((256, 512, 1024, 1024), 256)
 
@@ -41,6 +42,15 @@ SPECS = {
     "da3-large": any_view("da3-large", 1024, 24, 8, (11, 15, 19, 23)),
     "da3-giant": any_view("da3-giant", 1536, 40, 13, (19, 27, 33, 39)),
 }
+METRIC_SPEC = ModelSpec(
+    name="da3metric-large",
+    trunk=TrunkSpec(
+        patch=14, dim=1024, heads=16, kinds=(FRAME,) * 24, taps=(4, 11, 17, 23), num_special=1, variants=0, plain=24,
+        eps=1e-6, layer_scale=1.0, final_eps=1e-5, join=False,
+    ),
+    resize=ResizeRule(14, 504),
+    gauge=Gauge.METRIC,
+)  # fmt: skip
 KEYS = KeyMap(
     renames=(
         (r"^(model\.)?(da3\.)?", ""),  # as on the hub; nested models hold this one as "da3"
@@ -53,6 +63,7 @@ KEYS = KeyMap(
         (r"^cam_dec\.fc_fov\.0\.", "camera.fc_fov."),
         (r"^cam_dec\.", "camera."),
         *dpt_renames("head"),
+        (r"^head\.scratch\.sky_output_conv2\.", "head.out.1."),
     ),
     unused=(
         r"^(model\.)?(da3\.)?head\.scratch\.\w+_(aux|ray)\..*",  # ray maps; one of their norms is stored once for four
@@ -64,6 +75,11 @@ KEYS = KeyMap(
     marker="backbone.pretrained.camera_token",
     finish=special_tokens("backbone.pretrained.camera_token"),
 )
+
+
+def plain_encoder(trunk: TrunkSpec) -> Encoder:
+    """Only the embedding: the first blocks of the trunk are the image transformer."""
+    return Encoder(EncoderSpec(trunk.patch, trunk.dim, trunk.heads, 0, num_registers=0, antialias=False, offset=0.1))
 
 
 class CameraDecoder(nn.Module):
@@ -85,9 +101,7 @@ class DepthAnything3(Model):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)
         trunk = spec.trunk
-        self.encoder = Encoder(
-            EncoderSpec(trunk.patch, trunk.dim, trunk.heads, depth=0, num_registers=0, antialias=False, offset=0.1)
-        )
+        self.encoder = plain_encoder(trunk)
         self.trunk = Trunk(trunk)
         channels, features = spec.dpt
         self.head = DptHead(trunk.tap_dim, channels, features, (2,))
@@ -96,7 +110,7 @@ class DepthAnything3(Model):
     def forward(
         self,
         images: Tensor,
-        options: PassOptions = PassOptions(),
+        options: PassOptions = DENSE,
         *,
         motion: Tensor | None = None,
         intrinsics: Tensor | None = None,
@@ -111,3 +125,39 @@ class DepthAnything3(Model):
             T_world_camera = T_from_R_t(matrix_from_quat_xyzw(quat_xyzw), t)
             K = intrinsics_from_fov(fov[..., 0], fov[..., 1], height, width)
         return Geometry(T_world_camera, K, depth.exp(), confidence, tokens.descriptors)
+
+
+class MetricDepth(Model):
+    """Depth in metres of single images whose focal length is known; no poses, frames do not see each other."""
+
+    canonical_focal = 300.0  # the network's output is metres times this over the focal length in pixels
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        trunk = spec.trunk
+        self.encoder = plain_encoder(trunk)
+        self.trunk = Trunk(trunk)
+        self.head = DptHead(trunk.tap_dim, *spec.dpt, (1, 1), norm=False, positions=False)
+
+    def forward(
+        self,
+        images: Tensor,
+        options: PassOptions = DENSE,
+        *,
+        motion: Tensor | None = None,
+        intrinsics: Tensor | None = None,
+    ) -> Geometry:
+        batch, num_frames, _, height, width = images.shape
+        if intrinsics is None:
+            raise ValueError(f"{self.spec.name} gives metres only for a known focal length: pass intrinsics")
+        x, grid = self.encoder(self.normalise(images).flatten(0, 1))
+        tokens = self.trunk(x.unflatten(0, (batch, num_frames)), grid, options)
+        with torch.autocast(images.device.type, enabled=False):
+            taps = [tokens.patches(i).flatten(0, 1).float() for i in range(len(tokens.taps))]
+            depth, sky = self.head(taps, grid, (height, width)).unflatten(0, (batch, num_frames)).unbind(2)
+        raw = depth.exp()
+        focal = (intrinsics[..., 0, 0] + intrinsics[..., 1, 1])[..., None, None] / 2
+        nowhere = images.new_full((batch, num_frames, 4, 4), float("nan"))
+        extras = {"raw_depth": raw, "sky": sky.relu()}
+        confidence = 10 * (0.3 - extras["sky"])
+        return Geometry(nowhere, intrinsics, raw * focal / self.canonical_focal, confidence, tokens.descriptors, extras)

@@ -135,23 +135,29 @@ class DptHead(nn.Module):
         return torch.cat([out(x) for out in self.out], dim=1)
 
 
+def place_grid(rows: int, columns: int, aspect: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Places of columns [columns] and rows [rows]: the image spans a rectangle of this aspect, half diagonal one."""
+    diagonal = (aspect**2 + 1) ** 0.5
+    spans = ((aspect / diagonal, columns), (1 / diagonal, rows))
+    along_x, along_y = (
+        torch.linspace(-span * (n - 1) / n, span * (n - 1) / n, n, device=device, dtype=torch.float64)
+        for span, n in spans
+    )
+    return along_x, along_y
+
+
 def place_embedding(x: Tensor, aspect: float) -> Tensor:
     """0.1 times sines and cosines of the place in the image, [1, C, rows, columns] for x [F, C, rows, columns].
 
-    The image spans a rectangle of the given aspect with unit half diagonal; base 100; half of the channels for x.
+    Frequency base 100; the first half of the channels is for x, the second for y.
     """
     channels, rows, columns = x.shape[1:]
-    diagonal = (aspect**2 + 1) ** 0.5
     frequency = 100.0 ** -(torch.arange(channels // 4, device=x.device, dtype=torch.float64) / (channels / 4))
 
-    def one_axis(span: float, count: int) -> Tensor:
-        end = span / diagonal * (count - 1) / count
-        place = torch.linspace(-end, end, count, device=x.device, dtype=torch.float64)
-        angle = place[:, None] * frequency  # [count, C / 4]
-        return torch.cat([angle.sin(), angle.cos()], dim=1).to(x.dtype)  # [count, C / 2]
+    def waves(place: Tensor) -> Tensor:
+        angle = place[:, None] * frequency  # [n, C / 4]
+        return torch.cat([angle.sin(), angle.cos()], dim=1).to(x.dtype)  # [n, C / 2]
 
-    along_x, along_y = one_axis(aspect, columns), one_axis(1.0, rows)
-    table = torch.cat(
-        [along_x[None].expand(rows, -1, -1), along_y[:, None].expand(-1, columns, -1)], dim=-1
-    )  # [rows, columns, C]
-    return 0.1 * table.permute(2, 0, 1)[None]
+    along_x, along_y = (waves(place) for place in place_grid(rows, columns, aspect, x.device))
+    table = torch.cat([along_x.expand(rows, -1, -1), along_y[:, None].expand(-1, columns, -1)], dim=-1)
+    return 0.1 * table.permute(2, 0, 1)[None]  # [1, C, rows, columns]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spark3r_ros.backbone.preprocess import ResizeRule
-from spark3r_ros.backbone.trunk import PassOptions, TrunkSpec
+from spark3r_ros.backbone.trunk import DENSE, PassOptions, TrunkSpec
 from spark3r_ros.frame import Gauge
 
 
@@ -44,6 +44,8 @@ class Model(nn.Module):
 
     pixel_mean: ClassVar[tuple[float, float, float]] = (0.485, 0.456, 0.406)  # ImageNet
     pixel_std: ClassVar[tuple[float, float, float]] = (0.229, 0.224, 0.225)
+    _mean: Tensor
+    _std: Tensor
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -64,7 +66,7 @@ class Model(nn.Module):
     def forward(
         self,
         images: Tensor,
-        options: PassOptions = PassOptions(),
+        options: PassOptions = DENSE,
         *,
         motion: Tensor | None = None,
         intrinsics: Tensor | None = None,

@@ -12,7 +12,7 @@ from spark3r_ros.backbone.encoder import Encoder, EncoderSpec
 from spark3r_ros.backbone.heads import Dpt, in_chunks
 from spark3r_ros.backbone.model import Geometry, Model, ModelSpec
 from spark3r_ros.backbone.preprocess import ResizeRule
-from spark3r_ros.backbone.trunk import FRAME, GLOBAL, REGISTER, PassOptions, Trunk, TrunkSpec, describe
+from spark3r_ros.backbone.trunk import DENSE, FRAME, GLOBAL, REGISTER, PassOptions, Trunk, TrunkSpec, describe
 
 REGISTER_PAIRS = (2, 6, 9, 14, 20)  # inter-frame blocks where only special tokens attend; not in the checkpoint
 SPEC = ModelSpec(
@@ -96,7 +96,7 @@ class Omega(Model):
     def forward(
         self,
         images: Tensor,
-        options: PassOptions = PassOptions(),
+        options: PassOptions = DENSE,
         *,
         motion: Tensor | None = None,
         intrinsics: Tensor | None = None,

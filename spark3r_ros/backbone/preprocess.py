@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Resize:
-    """How one camera's image becomes the network's: a centred box is cut out, then scaled. Pixel centres at integers."""
+    """How a camera's image becomes the network's: a centred box is cut out, then scaled. Pixel centres at integers."""
 
     box: tuple[int, int, int, int]  # top, left, height, width in camera pixels
     size: tuple[int, int]  # height, width in network pixels
@@ -47,9 +47,9 @@ class Resize:
 class ResizeRule:
     """A model's choice of network size for a camera image. Sides are multiples of ``patch``.
 
-    ``mode``: ``longest`` scales the longer side to ``target`` pixels; ``width`` scales the width to it and cuts off what
-    is taller than wide; ``area`` takes the largest size with at most target^2 pixels; ``patches`` the size nearest to
-    that many pixels, after cutting the image to an aspect between 1 : 2 and 2 : 1.
+    ``mode``: ``longest`` scales the longer side to ``target`` pixels; ``width`` scales the width to it and cuts off
+    what is taller than wide; ``area`` takes the largest size with at most target^2 pixels; ``patches`` the size
+    nearest to that many, after cutting the image to an aspect between 1 : 2 and 2 : 1.
     """
 
     patch: int

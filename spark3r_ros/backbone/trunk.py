@@ -70,6 +70,9 @@ class PassOptions:
     window_ids: Tensor | None = None  # [S] ascending: a frame sees its own and lower windows only (block-causal)
 
 
+DENSE = PassOptions()
+
+
 @dataclass(frozen=True, eq=False)
 class Tokens:
     """What the trunk hands to the heads."""
@@ -131,9 +134,8 @@ class Trunk(nn.Module):
         local = x
         reference: int | Tensor | None = 0 if options.first else None
         for index, (block, kind) in enumerate(zip(self.blocks, spec.kinds)):
-            if index == spec.plain - 1 and spec.picks_reference and options.first and num_frames >= 3:
-                if options.context is None and options.window_ids is None:
-                    reference = most_typical(x[:, :, 0])
+            if index == spec.plain - 1 and self._picks_reference(num_frames, options):
+                reference = most_typical(x[:, :, 0])
             if index == spec.plain:
                 if descriptors is None and spec.plain:
                     descriptors = describe(x[:, :, spec.num_special :])
@@ -142,6 +144,7 @@ class Trunk(nn.Module):
                 x = block(x.flatten(0, 1), rope if index >= spec.plain else None).unflatten(0, (batch, num_frames))
                 local = x
             else:
+                assert isinstance(block, Block)
                 if run is None:
                     run = _Run(spec, self._rope(spec.global_rope, grid, x.device), options, reference, x)
                 if descriptors is None:
@@ -162,6 +165,11 @@ class Trunk(nn.Module):
         if kind == "unit":
             return unit_rope(*grid, head_dim, spec.num_special, device)
         return grid_rope(*grid, head_dim, spec.num_special, kind == "constant", device)
+
+    def _picks_reference(self, num_frames: int, options: PassOptions) -> bool:
+        """Where windows follow each other the first frame stays the reference: the gauge must not jump."""
+        alone = options.context is None and options.window_ids is None
+        return self.spec.picks_reference and options.first and alone and num_frames >= 3
 
     def _insert_special(self, x: Tensor, reference: int | Tensor | None) -> Tensor:
         """Prepend the special tokens, or put them in the place of the class token."""

@@ -11,7 +11,7 @@ from spark3r_ros.backbone.encoder import Encoder, EncoderSpec
 from spark3r_ros.backbone.heads import DptHead
 from spark3r_ros.backbone.model import Geometry, Model, ModelSpec
 from spark3r_ros.backbone.preprocess import ResizeRule
-from spark3r_ros.backbone.trunk import FRAME, GLOBAL, PassOptions, Trunk, TrunkSpec, describe
+from spark3r_ros.backbone.trunk import DENSE, FRAME, GLOBAL, PassOptions, Trunk, TrunkSpec, describe
 
 SPEC = ModelSpec(
     name="vggt",
@@ -56,7 +56,7 @@ class Vggt(Model):
     def forward(
         self,
         images: Tensor,
-        options: PassOptions = PassOptions(),
+        options: PassOptions = DENSE,
         *,
         motion: Tensor | None = None,
         intrinsics: Tensor | None = None,
