@@ -198,7 +198,7 @@ def ensure_packages():
 def ensure_package():
     """The package itself, editable; again when its metadata changed."""
     stamp = VENV / "package.stamp"
-    metadata = b"".join((ROOT / name).read_bytes() for name in ("setup.py", "setup.cfg", "pyproject.toml"))
+    metadata = b"".join((ROOT / name).read_bytes() for name in ("setup.py", "setup.cfg"))
     state = str(ROOT) + " " + hashlib.sha256(metadata).hexdigest()
     if stamp.exists() and stamp.read_text() == state and python("-P", "-c", "import spark3r_ros").returncode == 0:
         return

@@ -7,9 +7,9 @@ import sys
 from collections import namedtuple
 
 import pytest
-from test_docs import ROOT, load_script
 
-bootstrap = load_script("bootstrap")
+from scripts import bootstrap
+from scripts.bootstrap import ROOT
 
 PIP_OUTPUTS = {
     "network": (
@@ -99,6 +99,9 @@ def test_a_second_run_does_nothing():
     if not (bootstrap.VENV / "requirements.stamp").exists() or sys.prefix != str(bootstrap.VENV):
         pytest.skip("these tests do not run in the environment that scripts/bootstrap.py made")
     result = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "bootstrap.py"], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, ROOT / "scripts" / "bootstrap.py"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert re.fullmatch(r"setup: ready \(\d+ s\)\n", result.stdout)

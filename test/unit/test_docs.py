@@ -1,26 +1,20 @@
 """What the documents say is what the code does."""
 
-import importlib.util
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from scripts import parameter_docs
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_parameter_tables_are_up_to_date():
     written = (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8")
-    assert written == load_script("parameter_docs").page(), "run scripts/parameter_docs.py"
+    assert written == parameter_docs.page(), "run scripts/parameter_docs.py"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,0 +1,57 @@
+"""The demo's figures are right, and its sample is made once."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scripts import demo
+from spark3r_ros import export, geometry
+from spark3r_ros.sources import open_source
+
+pytest.importorskip("evo", reason="evo is not installed")
+RNG = np.random.default_rng(5)
+
+
+def path(count=40):
+    angles = np.linspace(0, 5, count)
+    poses = geometry.se3_exp(np.stack([np.cos(angles), np.sin(angles), angles / 4, *(angles / 9,) * 3], axis=1))
+    return [(1_700_000_000_000_000_000 + 50_000_000 * i, T) for i, T in enumerate(poses)]
+
+
+def moved(poses, S):
+    return [(stamp, geometry.apply_similarity_to_pose(S, T)) for stamp, T in poses]
+
+
+def test_a_similar_trajectory_has_no_error():
+    truth = path()
+    S = geometry.similarity(0.3, geometry.se3_exp(np.array([1, 2, 3, 0.5, -0.4, 0.3])))
+    estimate = moved(truth, S)[3:]
+    accuracy = demo.compare(estimate, truth)
+    assert accuracy.ate < 1e-9
+    assert accuracy.length == pytest.approx(export.path_length(truth[3:]))
+    np.testing.assert_allclose([T for _, T in accuracy.truth[3:]], [T for _, T in estimate], atol=1e-9)
+
+
+def test_the_error_is_in_metres_of_the_truth():
+    truth = path(2000)
+    noisy = [(stamp, T @ geometry.make_T(np.eye(3), RNG.normal(0, 0.01, 3))) for stamp, T in truth]
+    shrunk = moved(noisy, geometry.similarity(0.1, np.eye(4)))
+    assert demo.compare(shrunk, truth).ate == pytest.approx(0.01 * np.sqrt(3), rel=0.05)
+
+
+def test_the_sample_is_rendered_once(tmp_path, monkeypatch):
+    frames = list(demo.rendered(3))
+    monkeypatch.setattr(demo, "rendered", lambda: iter(frames))
+    bag, truth = demo.sample(tmp_path)
+    written = [frame.stamp_ns for frame in open_source(bag)]
+    assert [stamp for stamp, _ in export.read_tum(truth)] == written == [frame.stamp_ns for frame, _ in frames]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["room", "room_truth.tum"]
+    monkeypatch.setattr(demo, "rendered", lambda: pytest.fail("rendered again"))
+    assert demo.sample(tmp_path) == (bag, truth)
+    odometry = [(written[0], np.eye(4)), (written[2] + 7, np.eye(4))]
+    assert demo.largest_stamp_difference(bag, odometry) == 7
+
+
+def test_the_dds_profile_is_shipped():
+    assert Path(demo.PROFILE).is_file()
