@@ -16,10 +16,6 @@ from spark3r_ros.frame import CameraModel, PointBatch
 from spark3r_ros.ros import optional, stamps
 
 
-class CameraInfoError(ValueError):
-    """A CameraInfo that does not describe the images; the message names what is wrong with it."""
-
-
 def decode_image(msg: Image) -> np.ndarray:
     """A raw image as [H, W, 3] uint8 RGB. Raises ImageError; unknown encodings are tried with cv_bridge first."""
     if msg.encoding not in encodings.ENCODINGS:
@@ -37,48 +33,6 @@ def decode_compressed(msg: CompressedImage) -> np.ndarray:
 def decode_depth(msg: Image) -> np.ndarray:
     """Depth [H, W] float32 in metres, NaN where unknown (REP-118). Raises ImageError."""
     return encodings.decode_depth(msg.encoding, msg.data, msg.height, msg.width, msg.step, bool(msg.is_bigendian))
-
-
-def camera_model(msg: CameraInfo, width: int, height: int, *, rectified: bool) -> CameraModel | None:
-    """Intrinsics for images of ``width`` x ``height``, with binning and region of interest applied.
-
-    None when the camera says that it is not calibrated (K[0] = 0). CameraInfoError when sizes or model do not fit.
-    ``rectified``: the images are undistorted, so the left part of P counts and D does not.
-    """
-    if msg.k[0] == 0.0:
-        return None
-    matrix = np.array(msg.p, dtype=float).reshape(3, 4)[:, :3] if rectified else np.array(msg.k).reshape(3, 3)
-    if matrix[0, 0] <= 0 or matrix[1, 1] <= 0:
-        raise CameraInfoError(f"focal lengths must be positive, got {matrix[0, 0]:g} and {matrix[1, 1]:g}")
-    binning = np.array([max(msg.binning_x, 1), max(msg.binning_y, 1)])
-    roi = msg.roi
-    full = (roi.width or msg.width, roi.height or msg.height)
-    size = (full[0] // int(binning[0]), full[1] // int(binning[1]))
-    if (width, height) != size:
-        raise CameraInfoError(
-            f"camera_info is for images of {size[0]} x {size[1]} pixels, the images have {width} x {height}"
-        )
-    K = matrix.copy()
-    K[0, 2] -= roi.x_offset
-    K[1, 2] -= roi.y_offset
-    # the centre of the binned pixel 0 lies (b - 1) / 2 pixels to the right of that of the full pixel 0
-    K[:2, 2] -= (binning - 1) / 2
-    K[:2] /= binning[:, None]
-    model, coefficients = _distortion(msg)
-    if rectified:
-        model, coefficients = "none", ()
-    return CameraModel(width, height, K, model, coefficients)
-
-
-def _distortion(msg: CameraInfo) -> tuple[str, tuple[float, ...]]:
-    if not any(msg.d):
-        return "none", ()
-    lengths = {"plumb_bob": (4, 5), "rational_polynomial": (8,), "equidistant": (4,)}
-    if msg.distortion_model not in lengths:
-        raise CameraInfoError(f"distortion model {msg.distortion_model!r} is not known; known are {', '.join(lengths)}")
-    if len(msg.d) not in lengths[msg.distortion_model]:
-        raise CameraInfoError(f"{msg.distortion_model} does not have {len(msg.d)} coefficients")
-    return msg.distortion_model, tuple(float(d) for d in msg.d)
 
 
 # ---- poses ----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.subscription import Subscription
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
+from spark3r_ros import calibration
 from spark3r_ros.config import NodeConfig
 from spark3r_ros.encodings import ImageError
 from spark3r_ros.frame import CameraModel, Frame
@@ -294,8 +295,8 @@ class Companions:
             self._refuse("camera_info", f"camera_info is of {msg.header.frame_id!r}, the images are of {frame_id!r}")
             return None
         try:
-            return conversions.camera_model(msg, width, height, rectified=self.config.image_is_rectified)
-        except conversions.CameraInfoError as error:
+            return calibration.camera_from_info(msg, width, height, rectified=self.config.image_is_rectified)
+        except calibration.CalibrationError as error:
             self._refuse("camera_info", str(error))
             return None
 

@@ -8,7 +8,7 @@ from nav_msgs.msg import Odometry
 from rig import image
 from sensor_msgs.msg import CameraInfo, PointCloud2
 
-from spark3r_ros import encodings, geometry
+from spark3r_ros import calibration, encodings, geometry
 from spark3r_ros.frame import CameraModel, PointBatch
 from spark3r_ros.ros import conversions, optional, placement, stamps
 from spark3r_ros.ros.sync import History, interpolated_pose
@@ -24,21 +24,21 @@ def camera_info(**fields):
 
 
 def test_camera_info_plain():
-    camera = conversions.camera_model(camera_info(), 640, 480, rectified=False)
+    camera = calibration.camera_from_info(camera_info(), 640, 480, rectified=False)
     assert (camera.width, camera.height, camera.distortion_model) == (640, 480, "plumb_bob")
     np.testing.assert_array_equal(camera.K, [[500, 0, 320], [0, 510, 240], [0, 0, 1]])
     assert camera.distortion == (0.1, -0.2, 0.001, 0.002, 0.05)
 
 
 def test_camera_info_of_rectified_images_uses_p():
-    camera = conversions.camera_model(camera_info(), 640, 480, rectified=True)
+    camera = calibration.camera_from_info(camera_info(), 640, 480, rectified=True)
     assert (camera.K[0, 0], camera.K[1, 2], camera.distortion_model) == (450, 238, "none")
 
 
 def test_camera_info_with_region_and_binning():
     msg = camera_info(binning_x=2, binning_y=2)
     msg.roi.x_offset, msg.roi.y_offset, msg.roi.width, msg.roi.height = 100, 40, 400, 300
-    camera = conversions.camera_model(msg, 200, 150, rectified=False)
+    camera = calibration.camera_from_info(msg, 200, 150, rectified=False)
     # a point that falls on full-resolution pixel (u, v) falls on ((u - x0) - 0.5) / 2 of the binned region
     point = np.array([0.1, -0.05, 1.0])
     full = geometry.project(point, np.array(msg.k).reshape(3, 3))
@@ -46,7 +46,7 @@ def test_camera_info_with_region_and_binning():
 
 
 def test_an_uncalibrated_camera_is_none():
-    assert conversions.camera_model(camera_info(k=[0.0] * 9), 640, 480, rectified=False) is None
+    assert calibration.camera_from_info(camera_info(k=[0.0] * 9), 640, 480, rectified=False) is None
 
 
 @pytest.mark.parametrize(
@@ -59,21 +59,21 @@ def test_an_uncalibrated_camera_is_none():
     ],
 )
 def test_bad_camera_info_is_named(fields, message):
-    with pytest.raises(conversions.CameraInfoError, match=message):
-        conversions.camera_model(camera_info(**fields), 640, 480, rectified=False)
+    with pytest.raises(calibration.CalibrationError, match=message):
+        calibration.camera_from_info(camera_info(**fields), 640, 480, rectified=False)
 
 
 @pytest.mark.parametrize(("model", "count"), [("plumb_bob", 4), ("rational_polynomial", 8), ("equidistant", 4)])
 def test_distortion_models(model, count):
     msg = camera_info(distortion_model=model, d=[0.01] * count)
-    camera = conversions.camera_model(msg, 640, 480, rectified=False)
+    camera = calibration.camera_from_info(msg, 640, 480, rectified=False)
     assert (camera.distortion_model, len(camera.distortion)) == (model, count)
 
 
 def test_camera_info_there_and_back():
     camera = CameraModel(64, 48, np.array([[50.0, 0, 31], [0, 51, 23], [0, 0, 1]]))
     msg = conversions.camera_info_message("cam", 5, camera)
-    back = conversions.camera_model(msg, 64, 48, rectified=False)
+    back = calibration.camera_from_info(msg, 64, 48, rectified=False)
     np.testing.assert_array_equal(back.K, camera.K)
     assert back.distortion_model == "none"
 
