@@ -152,6 +152,17 @@ class RefineConfig(_Group):
 class LoopConfig(_Group):
     _name = "loops"
     enabled: bool = param(True, "look for places seen before and correct the map")
+    min_gap: int = param(20, "keyframes that must lie between two sights of a place for a loop", ge=1, le=100000)
+    candidates: int = param(3, "similar places that are compared with each new keyframe", ge=1, le=100)
+    corners: int = param(400, "described corners that a keyframe remembers", ge=50, le=5000)
+    min_inliers: int = param(25, "corners that must agree on where the camera stands", ge=6, le=1000)
+    max_scale_spread: float = param(
+        0.15, "both cameras of a loop may disagree by this much in log scale, radians and relative translation",
+        ge=0.0, le=10.0,
+    )  # fmt: skip
+    max_cycle_scale: float = param(0.7, "largest drift of log scale that a loop may claim", ge=0.0, le=10.0)
+    max_cycle_rotation: float = param(0.8, "largest drift of rotation in rad that a loop may claim", ge=0.0, le=3.15)
+    max_cycle_translation: float = param(0.3, "largest drift over path length that a loop may claim", ge=0.0, le=10.0)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ from spark3r_ros.frame import (
     Update,
     WindowReport,
 )
+from spark3r_ros.loops import LoopCloser, step_edge
+from spark3r_ros.places import PlaceStore, describe, make_place
 from spark3r_ros.point_map import KeyframePoints, PointMap, keyframe_points, trusted
 from spark3r_ros.preprocess import FrameError, NetworkImage, Preprocessor, scale_intrinsics
 from spark3r_ros.refine import DepthPrior, Refiner
@@ -49,6 +51,8 @@ from spark3r_ros.windows import DepthMap, Gate, Keyframe, Window, gate
 
 __all__ = ["FrameError", "Reconstructor"]
 
+PLACE_CONFIDENCE = 0.2  # of depths that places keep: outliers are found when places are matched
+
 logger = logging.getLogger(__name__)
 
 
@@ -59,6 +63,7 @@ class Seen:
     frame: Frame
     index: int
     network: NetworkImage
+    gray: np.ndarray  # [H, W] uint8, as it came from the camera
     tracks: Tracks
     gate: Gate
 
@@ -105,8 +110,11 @@ class Reconstructor:
         self._state = TrackingState.INITIALISING
         self._scale_filter = ScaleFilter(self.config.scale)
         self._odometry = OdometrySource(self.config.scale)
+        self._places = PlaceStore()
+        self._loops = LoopCloser(self.config.loops, self._places)
+        self._corrections = 0
         self._last_report: WindowReport | None = None
-        self._was_metric = False
+        self._reported = (False, 0)  # at the last update: whether the scale was metric, how many corrections there were
 
     # -- the method ----------------------------------------------------------------------------------------------
 
@@ -132,7 +140,10 @@ class Reconstructor:
         """The stream has ended: solve what is pending, so that every frame has had its pose."""
         if not self._num_windows:
             return self._start() if self._waiting else self._update([], None)
-        return self._update([], self._solve_window() if self._window.new else None)
+        solved = self._solve_window() if self._window.new else None
+        self._apply_loops()
+        self._refresh_odom()
+        return self._update([], solved)
 
     # -- looking at a frame --------------------------------------------------------------------------------------
 
@@ -144,14 +155,15 @@ class Reconstructor:
             self._open_camera(frame)
         assert self._preprocess is not None
         self._preprocess.check(frame)
-        tracks = self._features.track(cv2.cvtColor(frame.image, cv2.COLOR_RGB2GRAY))
+        gray = cv2.cvtColor(frame.image, cv2.COLOR_RGB2GRAY)
+        tracks = self._features.track(gray)
         decision = Gate.KEYFRAME
         if self._keyframes:
             seconds = 1e-9 * (frame.stamp_ns - self._newest.stamp_ns)
             decision = gate(self.config.window, tracks.flow_px / frame.image.shape[1], tracks.survival, seconds)
         self._last_stamp_ns = frame.stamp_ns
         self._num_frames += 1
-        return Seen(frame, self._num_frames - 1, self._preprocess(frame), tracks, decision)
+        return Seen(frame, self._num_frames - 1, self._preprocess(frame), gray, tracks, decision)
 
     def _open_camera(self, frame: Frame) -> None:
         """The first frame decides about image size and intrinsics."""
@@ -186,6 +198,7 @@ class Reconstructor:
             rgb=seen.network.rgb,
             metric_depth=seen.network.depth,
             T_odom_base=seen.frame.T_odom_base,
+            corners=describe(seen.gray, seen.frame.camera, self.config.loops.corners),
         )
         self._keyframes[keyframe.id] = keyframe
         self._move(keyframe, T_world_camera)
@@ -255,6 +268,7 @@ class Reconstructor:
     def _solve_window(self) -> Solved:
         """One pass of the network over the window, joined to the map."""
         started = time.perf_counter()
+        self._apply_loops()
         keyframes, overlap, new = self._window.keyframes, self._window.overlap, list(self._window.new)
         solution = self._solver.solve(keyframes, self._window.previous_of(keyframes))
         self._solver.learn_intrinsics(solution.K)
@@ -265,6 +279,7 @@ class Reconstructor:
         for keyframe in new:
             self._points.set(keyframe.id, self._points_of(keyframe, keyframes))
         self._measure_scale(new, link, solution.gauge)
+        self._remember(new, solution.descriptors[len(overlap) :], link)
         for keyframe in self._window.slide():
             keyframe.retire()
         self._tracker.rebase(keyframes[-1], self._window.previous_of(keyframes[-1:]), link)
@@ -289,7 +304,6 @@ class Reconstructor:
                 T = geometry.interpolate_pose(keyframe.T_world_camera, T, (i + 1) / (num_overlap + 1))
             else:
                 keyframe.dense = DepthMap(scale * solution.depth[i], solution.confidence[i], solution.K)
-                keyframe.descriptor = solution.descriptors[i]
             self._move(keyframe, T)
         return link
 
@@ -311,6 +325,57 @@ class Reconstructor:
             if dense is not None:
                 K = dense.K if self._solver.K is None else self._solver.K
                 keyframe.dense = replace(dense, depth=(factor * dense.depth).astype(np.float32), K=K)
+
+    # -- places and loops ----------------------------------------------------------------------------------------
+
+    def _remember(self, new: Sequence[Keyframe], descriptors: np.ndarray, link: Link | None) -> None:
+        """Make places of new keyframes, join them to the pose graph, look for loops, and have the graph solved."""
+        assert self._preprocess is not None
+        for keyframe, descriptor in zip(new, descriptors, strict=True):
+            dense, corners = keyframe.dense, keyframe.corners
+            assert dense is not None
+            assert corners is not None
+            keyframe.median_depth = float(np.median(dense.depth))
+            keyframe.place = make_place(
+                keyframe.id, descriptor, corners, dense, dense.K, self._preprocess.ratio, PLACE_CONFIDENCE
+            )
+            keyframe.corners = None
+            if keyframe.id - 1 in self._keyframes:
+                before = self._keyframes[keyframe.id - 1]
+                T = geometry.inverse(before.T_world_camera) @ keyframe.T_world_camera
+                doubt = link.sigma if link is not None and keyframe is new[0] else 0.0
+                self._loops.edges.append(step_edge(before.id, keyframe.id, T, keyframe.median_depth, doubt))
+            if self.config.loops.enabled:
+                S_map, path = self._graph()
+                self._loops.search(keyframe.place, S_map, path, keyframe.median_depth)
+            self._places.add(keyframe.place)
+        if self._loops.is_due:
+            self._loops.submit(self._graph()[0])
+
+    def _graph(self) -> tuple[dict[int, np.ndarray], np.ndarray]:
+        """Nodes of the pose graph and the length of the path up to each keyframe, map units."""
+        solved = [k for k in self._keyframes.values() if k.place is not None]
+        positions = np.stack([k.T_map_camera[:3, 3] for k in solved])
+        lengths = np.r_[0.0, np.cumsum(np.linalg.norm(np.diff(positions, axis=0), axis=1))]
+        path = np.zeros(solved[-1].id + 1)
+        path[[k.id for k in solved]] = lengths
+        return {k.id: k.S_map_keyframe for k in solved}, path
+
+    def _apply_loops(self) -> None:
+        """Take over a solved pose graph. Happens when the window after the loop is solved, however long it took."""
+        if not self._loops.is_running:
+            return
+        moved = self._loops.collect()
+        for number, S in moved.items():
+            keyframe = self._keyframes[number]
+            keyframe.scale = float(geometry.scale_of(S))
+            keyframe.T_map_camera = geometry.make_T(geometry.project_to_so3(S[:3, :3]), S[:3, 3])
+        last = self._keyframes[max(moved)]
+        self._S_map_world = last.S_map_keyframe @ geometry.inverse(last.T_world_camera)
+        for number in range(last.id + 1, len(self._keyframes)):
+            self._move(self._keyframes[number], self._keyframes[number].T_world_camera)
+        self._scale_filter.restart({k.id: k.scale for k in self._keyframes.values()})
+        self._corrections += 1
 
     def _measure_scale(self, new: Sequence[Keyframe], link: Link | None, gauge: Gauge) -> None:
         """Ask every source of metric scale about the new keyframes."""
@@ -379,8 +444,7 @@ class Reconstructor:
 
     def _pose_of(self, seen: Seen, estimate: Estimate) -> FramePose:
         """What is given out for the frame placed last."""
-        T_map_camera = self._to_output(self._trajectory.pose(-1, self._keyframes))
-        self._T_map_odom = T_map_camera @ geometry.inverse(self._T_odom_camera)
+        T_map_camera = self._refresh_odom()
         to_output = np.diag([self._unit] * 3 + [1.0] * 3)
         cov = to_output @ estimate.covariance @ to_output
         if self._state is TrackingState.LOST:
@@ -389,6 +453,14 @@ class Reconstructor:
         return FramePose(
             seen.frame.stamp_ns, seen.frame.frame_id, self._T_odom_camera, T_map_camera, cov, self._state, is_keyframe
         )
+
+    def _refresh_odom(self) -> np.ndarray:
+        """Let map -> odom take whatever the map's corrections moved; T_map_camera [4, 4] of the last frame."""
+        if not len(self._trajectory):
+            return np.eye(4)
+        T_map_camera = self._to_output(self._trajectory.pose(-1, self._keyframes))
+        self._T_map_odom = T_map_camera @ geometry.inverse(self._T_odom_camera)
+        return T_map_camera
 
     def _to_output(self, T: np.ndarray) -> np.ndarray:
         """Poses [..., 4, 4] from model scale to output units."""
@@ -410,7 +482,8 @@ class Reconstructor:
 
     def _map_changed(self) -> bool:
         """Whether what was given out earlier has other coordinates now; asked once per update."""
-        changed, self._was_metric = self._was_metric != self._scale.is_metric, self._scale.is_metric
+        now = (self._scale.is_metric, self._corrections)
+        changed, self._reported = self._reported != now, now
         return changed
 
     def _batch(self, keyframe_ids: Sequence[int]) -> PointBatch:
@@ -436,7 +509,7 @@ class Reconstructor:
 
     def keyframe_poses(self) -> list[tuple[int, np.ndarray]]:
         """(stamp_ns, T_map_camera [4, 4]) of every solved keyframe, in output units."""
-        solved = [k for k in self._keyframes.values() if k.descriptor is not None]
+        solved = [k for k in self._keyframes.values() if k.place is not None]
         return [(k.stamp_ns, self._to_output(k.T_map_camera)) for k in solved]
 
     def map_points(self) -> PointBatch:
@@ -453,6 +526,9 @@ class Reconstructor:
             "keyframes": len(self._keyframes),
             "windows": self._num_windows,
             "points": len(self._points),
+            "loops": self._loops.num_loops,
+            "loops_refused": self._loops.num_refused,
+            "map_corrections": self._corrections,
             "context_bytes": report.context_bytes if report else 0,
             "context_budget": report.context_budget if report else 0,
             "window_residual": report.residual if report else float("nan"),

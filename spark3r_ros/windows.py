@@ -6,10 +6,14 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from spark3r_ros.config import WindowConfig
+
+if TYPE_CHECKING:
+    from spark3r_ros.places import Corners, Place
 
 
 class Gate(Enum):
@@ -58,7 +62,9 @@ class Keyframe:
     T_map_camera: np.ndarray = field(default_factory=lambda: np.eye(4))  # the same after loop corrections
     scale: float = 1.0  # map units per world unit here: a loop correction may stretch a keyframe
     dense: DepthMap | None = None
-    descriptor: np.ndarray | None = None  # [C] unit length; None: not solved yet
+    median_depth: float = 1.0  # distance of the scene, world units
+    place: Place | None = None  # how it looks; None: not solved yet
+    corners: Corners | None = None  # what place is made from once there is depth
     metric_depth: np.ndarray | None = None  # [h, w] float32 metres, NaN unknown: a source of scale
     T_odom_base: np.ndarray | None = None  # [4, 4] metres: a source of scale
 

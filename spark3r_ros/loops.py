@@ -1,0 +1,288 @@
+"""Loop closure: which sightings of old places are believed, and the pose graph that they correct.
+
+Nodes are keyframes as similarities ``S_map_keyframe``; consecutive keyframes are joined by what was measured when they
+were solved, sightings join distant ones. Only sightings are robust (Cauchy): they alone can be false.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from spark3r_ros import geometry
+from spark3r_ros.config import LoopConfig
+from spark3r_ros.places import Place, PlaceStore, recognise
+
+logger = logging.getLogger(__name__)
+
+STEP_ROTATION = 0.004  # rad, between consecutive keyframes
+STEP_TRANSLATION = 0.02  # share of the step, plus
+STEP_DEPTH = 0.002  # of the distance of the scene
+STEP_SCALE = 0.01  # of log scale
+LOOP_ROTATION = 0.01
+LOOP_TRANSLATION = 0.02  # of the distance of the scene
+LOOP_SCALE = 0.03
+SCALE_PRIOR = 0.3  # of each node's log scale: drift is possible, collapse is not
+ITERATIONS = 30
+CAUCHY_WIDTHS = (50.0, 3.0)  # sigmas; wide first, since a true loop looks like an outlier until drift is taken out
+
+
+@dataclass(frozen=True, eq=False)
+class Edge:
+    """A measured similarity between two keyframes; sigmas are of rotation, translation and log scale."""
+
+    first: int
+    second: int
+    S_first_second: np.ndarray  # [4, 4]
+    sigmas: tuple[float, float, float]
+    is_loop: bool = False
+
+
+def step_edge(first: int, second: int, T_first_second: np.ndarray, depth: float, log_scale_sigma: float = 0.0) -> Edge:
+    """Consecutive keyframes, solved in the same world; ``depth``: median distance of the scene."""
+    step = float(np.linalg.norm(T_first_second[:3, 3]))
+    translation = STEP_TRANSLATION * step + STEP_DEPTH * depth
+    scale = float(np.hypot(STEP_SCALE, log_scale_sigma))
+    return Edge(first, second, T_first_second, (STEP_ROTATION, translation, scale))
+
+
+def loop_edge(first: int, second: int, S_first_second: np.ndarray, depth: float) -> Edge:
+    sigmas = (LOOP_ROTATION, LOOP_TRANSLATION * depth, LOOP_SCALE)
+    return Edge(first, second, S_first_second, sigmas, is_loop=True)
+
+
+def is_plausible(loop: Edge, S_map: dict[int, np.ndarray], path_length: float, config: LoopConfig) -> bool:
+    """Whether the drift that a loop implies is one that the path between its ends can have gathered.
+
+    ``path_length``: of the path from one end to the other, in map units.
+    """
+    drift = geometry.inverse(loop.S_first_second) @ geometry.inverse(S_map[loop.first]) @ S_map[loop.second]
+    scale = float(geometry.scale_of(drift))
+    rotation = float(geometry.rotation_angle(drift[:3, :3] / scale))
+    there = S_map[loop.first] @ loop.S_first_second
+    shift = float(np.linalg.norm(there[:3, 3] - S_map[loop.second][:3, 3]))
+    allowed = config.max_cycle_translation * path_length + 3 * loop.sigmas[1]
+    good = abs(np.log(scale)) <= config.max_cycle_scale and rotation <= config.max_cycle_rotation and shift <= allowed
+    if not good:
+        logger.info(
+            "loop %d-%d refused: it implies a drift of %.2f in log scale, %.2f rad, %.2f of %.2f in translation",
+            loop.first, loop.second, np.log(scale), rotation, shift, allowed,
+        )  # fmt: skip
+    return good
+
+
+class LoopCloser:
+    """Finds loops as keyframes come, and has the pose graph solved behind the stream's back.
+
+    ``submit`` starts a solution and ``collect`` waits for it. When that happens is the caller's decision, by counting
+    keyframes and never by the clock: so results do not depend on how fast the machine is.
+    """
+
+    SPACING = 3  # keyframes between two loops
+    TOLERATED = 2.0  # sigmas by which a loop may be off before the graph is solved for it
+    ENOUGH = 8  # loops that were in order before the graph is solved for all of them
+
+    def __init__(self, config: LoopConfig, places: PlaceStore) -> None:
+        self.config = config
+        self.places = places
+        self.edges: list[Edge] = []
+        self.num_loops = 0
+        self.num_refused = 0
+        self._unsolved = 0  # loops since the last solution
+        self._urgent = False
+        self._last_loop = -(10**9)
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loops")
+        self._running: Future[dict[int, np.ndarray]] | None = None
+
+    def search(self, query: Place, S_map: dict[int, np.ndarray], path: np.ndarray, depth: float) -> Edge | None:
+        """Look for an earlier sight of a new keyframe's place and add it to the graph.
+
+        Args:
+            query: the new keyframe's place, not yet in the store.
+            S_map: similarities of all keyframes, the new one included.
+            path: [max id + 1] length of the path up to each keyframe, map units.
+            depth: median distance of the scene, in the new keyframe's units.
+        """
+        node = query.keyframe_id
+        if node - self._last_loop < self.SPACING:
+            return None
+        before = node - self.config.min_gap
+        candidates = self.places.similar(query.descriptor, self.config.candidates, self.SPACING, before)
+        sightings = [s for s in (recognise(query, c, self.config) for c in candidates) if s is not None]
+        for seen in sorted(sightings, key=lambda s: -s.num_inliers):
+            first = seen.place.keyframe_id
+            edge = loop_edge(first, node, seen.S_place_query, depth * float(np.exp(seen.log_scale)))
+            length = float(path[node] - path[first])
+            if np.isfinite(seen.scale_spread) and is_plausible(edge, S_map, length, self.config):
+                self._take(edge, S_map)
+                return edge
+            self.num_refused += 1
+        return None
+
+    def _take(self, edge: Edge, S_map: dict[int, np.ndarray]) -> None:
+        self.edges.append(edge)
+        self.num_loops += 1
+        self._unsolved += 1
+        self._last_loop = edge.second
+        off = geometry.inverse(edge.S_first_second) @ geometry.inverse(S_map[edge.first]) @ S_map[edge.second]
+        r, t, s = edge.sigmas
+        whitened = np.abs(_log(off[None])[0]) / np.array([r] * 3 + [t] * 3 + [s])
+        self._urgent |= bool(whitened.max() > self.TOLERATED)
+        logger.info("loop %d-%d, %.1f sigma off", edge.first, edge.second, whitened.max())
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the graph should be solved now."""
+        return self._running is None and self._unsolved > 0 and (self._urgent or self._unsolved >= self.ENOUGH)
+
+    @property
+    def is_running(self) -> bool:
+        return self._running is not None
+
+    def submit(self, S_map: dict[int, np.ndarray]) -> None:
+        self._unsolved, self._urgent = 0, False
+        self._running = self._pool.submit(optimise, S_map, list(self.edges))
+
+    def collect(self) -> dict[int, np.ndarray]:
+        """The solution that was started last; waits for it."""
+        assert self._running is not None, "nothing was submitted"
+        running, self._running = self._running, None
+        return running.result()
+
+    def close(self) -> None:
+        """Let the background thread end."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def optimise(S_map: dict[int, np.ndarray], edges: Sequence[Edge]) -> dict[int, np.ndarray]:
+    """Similarities [4, 4] of all nodes that agree best with the edges; the first node stays where it is."""
+    try:
+        import gtsam  # noqa: F401
+    except ImportError:
+        return optimise_scipy(S_map, edges)
+    return optimise_gtsam(S_map, edges)
+
+
+def optimise_gtsam(S_map: dict[int, np.ndarray], edges: Sequence[Edge]) -> dict[int, np.ndarray]:
+    """Levenberg-Marquardt on Similarity3 factors; Cauchy loss on loops."""
+    import gtsam
+
+    values = gtsam.Values()
+    for node, S in S_map.items():
+        values.insert(node, _to_gtsam(S))
+    parameters = gtsam.LevenbergMarquardtParams()
+    parameters.setMaxIterations(ITERATIONS)
+    parameters.setRelativeErrorTol(1e-5)
+    for width in CAUCHY_WIDTHS:
+        graph = _gtsam_graph(S_map, edges, width)
+        values = gtsam.LevenbergMarquardtOptimizer(graph, values, parameters).optimize()
+    return {node: _from_gtsam(values.atSimilarity3(node)) for node in S_map}
+
+
+def _gtsam_graph(S_map: dict[int, np.ndarray], edges: Sequence[Edge], width: float):  # type: ignore[no-untyped-def]
+    import gtsam
+
+    graph = gtsam.NonlinearFactorGraph()
+    first = min(S_map)
+    fixed = gtsam.noiseModel.Isotropic.Sigma(7, 1e-6)
+    graph.add(gtsam.PriorFactorSimilarity3(first, _to_gtsam(S_map[first]), fixed))
+    free = gtsam.noiseModel.Diagonal.Sigmas(np.array([1e4] * 6 + [SCALE_PRIOR]))
+    unit = _to_gtsam(S_map[first])
+    for node, S in S_map.items():
+        expected = gtsam.Similarity3(gtsam.Rot3(_rotation(S)), S[:3, 3] / unit.scale(), unit.scale())
+        graph.add(gtsam.PriorFactorSimilarity3(node, expected, free))
+    for edge in edges:
+        r, t, s = edge.sigmas
+        diagonal = gtsam.noiseModel.Diagonal.Sigmas(np.array([r] * 3 + [t] * 3 + [s]))
+        noise: gtsam.noiseModel.Base = diagonal
+        if edge.is_loop:
+            noise = gtsam.noiseModel.Robust.Create(gtsam.noiseModel.mEstimator.Cauchy.Create(width), diagonal)
+        measured = _to_gtsam(edge.S_first_second)
+        graph.add(gtsam.BetweenFactorSimilarity3(edge.first, edge.second, measured, noise))
+    return graph
+
+
+def optimise_scipy(S_map: dict[int, np.ndarray], edges: Sequence[Edge]) -> dict[int, np.ndarray]:
+    """The same problem for scipy's sparse least squares: slower, for machines without gtsam."""
+    from scipy.optimize import least_squares
+
+    ids = sorted(S_map)
+    row = {node: i for i, node in enumerate(ids)}
+    start = np.stack([S_map[i] for i in ids])
+    first, second = np.array([[row[e.first], row[e.second]] for e in edges]).T
+    measured_inverse = geometry.inverse(np.stack([e.S_first_second for e in edges]))
+    sigma = np.array([[e.sigmas[0]] * 3 + [e.sigmas[1]] * 3 + [e.sigmas[2]] for e in edges])
+    is_loop = np.array([e.is_loop for e in edges])
+    log_unit = np.log(geometry.scale_of(start[0]))
+
+    def nodes(x: np.ndarray) -> np.ndarray:
+        return np.concatenate([start[:1], _moved(start[1:], x.reshape(-1, 7))])
+
+    def residuals(x: np.ndarray, width: float) -> np.ndarray:
+        S = nodes(x)
+        error = _log(measured_inverse @ geometry.inverse(S[first]) @ S[second]) / sigma  # [E, 7]
+        squared = np.sum(error[is_loop] ** 2, axis=1, keepdims=True)
+        error[is_loop] *= np.sqrt(width**2 * np.log1p(squared / width**2) / np.maximum(squared, 1e-12))  # Cauchy
+        prior = (np.log(geometry.scale_of(S)) - log_unit) / SCALE_PRIOR
+        return np.concatenate([error.ravel(), prior])
+
+    x = np.zeros(7 * (len(ids) - 1))
+    sparsity = _sparsity(first, second, len(ids))
+    for width in CAUCHY_WIDTHS:
+        x = least_squares(
+            residuals, x, jac_sparsity=sparsity, method="trf", max_nfev=ITERATIONS, ftol=1e-5, args=(width,)
+        ).x
+    return dict(zip(ids, nodes(x), strict=True))
+
+
+def _sparsity(first: np.ndarray, second: np.ndarray, count: int):  # type: ignore[no-untyped-def]
+    """Which unknowns each residual depends on: [7 E + N, 7 (N - 1)]."""
+    from scipy.sparse import coo_matrix
+
+    edges = np.arange(len(first))
+    block = np.arange(7)
+    rows, columns = [], []
+    for node in (first, second):
+        used = node > 0
+        r = (7 * edges[used][:, None, None] + block[:, None]) + 0 * block
+        c = (7 * (node[used][:, None, None] - 1) + block) + 0 * block[:, None]
+        rows.append(r.ravel())
+        columns.append(c.ravel())
+    rows.append(7 * len(first) + np.arange(1, count))
+    columns.append(7 * np.arange(count - 1) + 6)
+    r, c = np.concatenate(rows), np.concatenate(columns)
+    return coo_matrix((np.ones(len(r)), (r, c)), shape=(7 * len(first) + count, 7 * (count - 1)))
+
+
+def _moved(S: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Similarities [N, 4, 4] moved in their own frame by x [N, 7]: rotation vector, translation, log scale."""
+    step = geometry.make_T(np.exp(x[:, 6])[:, None, None] * geometry.so3_exp(x[:, :3]), x[:, 3:6])
+    return S @ step
+
+
+def _log(S: np.ndarray) -> np.ndarray:
+    """[N, 7] rotation vector, translation, log scale of small similarities [N, 4, 4]."""
+    scale = geometry.scale_of(S)
+    return np.concatenate(
+        [geometry.so3_log(S[:, :3, :3] / scale[:, None, None]), S[:, :3, 3], np.log(scale)[:, None]], axis=1
+    )
+
+
+def _rotation(S: np.ndarray) -> np.ndarray:
+    return geometry.project_to_so3(S[:3, :3])
+
+
+def _to_gtsam(S: np.ndarray):  # type: ignore[no-untyped-def]
+    """gtsam's Similarity3 scales after it moves: p -> s (R p + t)."""
+    import gtsam
+
+    scale = float(geometry.scale_of(S))
+    return gtsam.Similarity3(gtsam.Rot3(_rotation(S)), S[:3, 3] / scale, scale)
+
+
+def _from_gtsam(S) -> np.ndarray:  # type: ignore[no-untyped-def]
+    return geometry.make_T(S.scale() * S.rotation().matrix(), S.scale() * S.translation())

@@ -1,0 +1,263 @@
+"""What a keyframe remembers of how its place looks, and how to recognise it: for loops, lost cameras and saved maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from spark3r_ros import geometry
+from spark3r_ros.alignment import weighted_median
+from spark3r_ros.camera import undistort_points
+from spark3r_ros.config import LoopConfig
+from spark3r_ros.frame import CameraModel
+from spark3r_ros.windows import DepthMap
+
+REPROJECTION = 0.006  # of rays with z = 1: three pixels at a focal length of 500
+RANSAC_ROUNDS = 300
+
+
+@dataclass(frozen=True, eq=False)
+class Corners:
+    """Described corners of one frame."""
+
+    uv: np.ndarray  # [N, 2] float32 pixels of the undistorted camera image
+    orb: np.ndarray  # [N, 32] uint8
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A keyframe as it can be recognised. Lengths are in the world units of its keyframe."""
+
+    keyframe_id: int
+    descriptor: np.ndarray  # [C] float32, unit length
+    xy: np.ndarray  # [N, 2] float32 rays (z = 1) of the corners
+    depth: np.ndarray  # [N] float32; NaN where it is not trusted
+    orb: np.ndarray  # [N, 32] uint8
+
+    @property
+    def xyz(self) -> np.ndarray:
+        """Corners [N, 3] in the camera of the keyframe."""
+        return np.concatenate([self.xy, np.ones((len(self.xy), 1), np.float32)], axis=1) * self.depth[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class Sighting:
+    """A place seen again."""
+
+    place: Place
+    S_place_query: np.ndarray  # [4, 4] similarity: query units and camera to the place's
+    num_inliers: int
+    log_scale: float  # place units per query unit; 0 when the query has no depth of its own
+    scale_spread: float  # disagreement of the two cameras about it; NaN without the query's depth
+    inlier_xyz: np.ndarray  # [M, 3] the agreeing corners in the query's camera, in the place's units
+    inlier_xy: np.ndarray  # [M, 2] where the query sees them
+
+
+def describe(gray: np.ndarray, camera: CameraModel | None, max_corners: int) -> Corners:
+    """ORB corners of a camera image [H, W] uint8, spread over the image."""
+    detector = cv2.ORB_create(nfeatures=3 * max_corners, fastThreshold=10)  # type: ignore[attr-defined]
+    keypoints, orb = detector.detectAndCompute(gray, None)
+    if orb is None:
+        return Corners(np.zeros((0, 2), np.float32), np.zeros((0, 32), np.uint8))
+    uv = np.array([k.pt for k in keypoints], np.float32)
+    response = np.array([k.response for k in keypoints])
+    keep = _spread(uv, response, gray.shape, max_corners)
+    uv, orb = uv[keep], orb[keep]
+    if camera is not None:
+        uv = undistort_points(camera, uv).astype(np.float32)
+    return Corners(uv, orb)
+
+
+def _spread(uv: np.ndarray, response: np.ndarray, shape: tuple[int, ...], count: int) -> np.ndarray:
+    """The strongest corners, in turn from each cell of an 8 x 6 grid."""
+    cell = (uv[:, 0] * 8 // shape[1]).astype(int) * 6 + (uv[:, 1] * 6 // shape[0]).astype(int)
+    order = np.lexsort((-response, cell))
+    starts = np.r_[0, np.flatnonzero(np.diff(cell[order])) + 1]
+    rank = np.arange(len(order)) - np.repeat(starts, np.diff(np.r_[starts, len(order)]))
+    best = np.lexsort((-response[order], rank))[:count]
+    return np.sort(order[best])
+
+
+def make_place(
+    keyframe_id: int,
+    descriptor: np.ndarray,
+    corners: Corners,
+    dense: DepthMap | None,
+    K: np.ndarray,
+    ratio: tuple[float, float],
+    min_confidence: float,
+) -> Place:
+    """Give the corners rays and depths.
+
+    Args:
+        keyframe_id: whose place it is.
+        descriptor: [C].
+        corners: of the camera image.
+        dense: the keyframe's depth; None for a frame that has none.
+        K: [3, 3] in pixels of the network's image.
+        ratio: network pixels per camera pixel, x and y.
+        min_confidence: depths below are not trusted.
+    """
+    uv = (corners.uv + 0.5) * np.array(ratio) - 0.5  # network pixels
+    xy = ((uv - K[:2, 2]) / np.array([K[0, 0], K[1, 1]])).astype(np.float32)
+    depth = np.full(len(xy), np.nan, np.float32)
+    if dense is not None:
+        height, width = dense.depth.shape
+        column, row = np.rint(uv).astype(int).T
+        inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        value, sure = dense.depth[row[inside], column[inside]], dense.confidence[row[inside], column[inside]]
+        depth[inside] = np.where((sure >= min_confidence) & (value > 0), value, np.nan)
+    return Place(keyframe_id, descriptor.astype(np.float32), xy, depth, corners.orb)
+
+
+def recognise(query: Place, place: Place, config: LoopConfig) -> Sighting | None:
+    """Where the query's camera stands relative to a place, or None when it does not see it.
+
+    The pose comes from the place's corners seen by the query. When the query has depths too, the ratio of depths in the
+    query's own camera gives the scale, and the same the other way round must agree in scale and pose.
+    """
+    mine, theirs = _match(query.orb, place.orb)
+    forward = _pose(place.xyz[theirs], query.xy[mine], config.min_inliers)
+    if forward is None:
+        return None
+    T_query_place, inlier = forward
+    xyz = geometry.transform(T_query_place, place.xyz[theirs][inlier].astype(float))  # query camera, place units
+    own = query.depth[mine][inlier].astype(float)
+    known = np.isfinite(own)
+    log_scale, spread = 0.0, float("nan")
+    if known.sum() >= config.min_inliers // 2:
+        log_scale = _log_ratio(xyz[known, 2], own[known])
+        backward = _pose(query.xyz[mine], place.xy[theirs], config.min_inliers)
+        if backward is None:
+            return None
+        spread = _disagreement(T_query_place, log_scale, backward, query, place, mine, theirs)
+        if not spread <= config.max_scale_spread:
+            return None
+    S_place_query = geometry.inverse(T_query_place) @ geometry.similarity(float(np.exp(log_scale)), np.eye(4))
+    return Sighting(place, S_place_query, int(inlier.sum()), log_scale, spread, xyz, query.xy[mine][inlier])
+
+
+def _log_ratio(target: np.ndarray, source: np.ndarray) -> float:
+    ok = (target > 0) & (source > 0)
+    return weighted_median(np.log(target[ok] / source[ok]), np.ones(int(ok.sum()))) if ok.any() else float("inf")
+
+
+def _disagreement(
+    T_query_place: np.ndarray,
+    log_scale: float,
+    backward: tuple[np.ndarray, np.ndarray],
+    query: Place,
+    place: Place,
+    mine: np.ndarray,
+    theirs: np.ndarray,
+) -> float:
+    """How far both directions are apart: in log scale, in radians, in translation over the distance of the scene."""
+    T_place_query, inlier = backward
+    xyz = geometry.transform(T_place_query, query.xyz[mine][inlier].astype(float))  # place camera, query units
+    own = place.depth[theirs][inlier].astype(float)
+    known = np.isfinite(own)
+    if known.sum() < 5:
+        return float("inf")
+    back = _log_ratio(own[known], xyz[known, 2])
+    moved = T_place_query.copy()
+    moved[:3, 3] *= np.exp(log_scale)
+    loop = T_query_place @ moved
+    shift = float(np.linalg.norm(loop[:3, 3])) / float(np.median(own[known]))
+    return max(abs(back - log_scale), float(geometry.rotation_angle(loop[:3, :3])), shift)
+
+
+def _match(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of mutually best ORB descriptors that are clearly better than the second best."""
+    none = np.zeros(0, int)
+    if len(a) < 2 or len(b) < 2:
+        return none, none
+    pairs = cv2.BFMatcher(cv2.NORM_HAMMING).knnMatch(a, b, k=2)
+    back = cv2.BFMatcher(cv2.NORM_HAMMING).match(b, a)
+    best_of_b = np.full(len(b), -1)
+    best_of_b[[m.queryIdx for m in back]] = [m.trainIdx for m in back]
+    good = [
+        (m.queryIdx, m.trainIdx)
+        for m, second in pairs
+        if m.distance < 0.85 * second.distance and m.distance <= 64 and best_of_b[m.trainIdx] == m.queryIdx
+    ]
+    if not good:
+        return none, none
+    rows = np.array(good)
+    return rows[:, 0], rows[:, 1]
+
+
+def _pose(xyz: np.ndarray, xy: np.ndarray, min_inliers: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """T_camera_points [4, 4] and inlier rows from points [N, 3] and the rays [N, 2] that see them."""
+    usable = np.flatnonzero(np.isfinite(xyz).all(axis=1))
+    if len(usable) < min_inliers:
+        return None
+    points, rays = np.ascontiguousarray(xyz[usable], float), np.ascontiguousarray(xy[usable], float)
+    found, w, t, inliers = cv2.solvePnPRansac(
+        points, rays, np.eye(3), None, iterationsCount=RANSAC_ROUNDS, reprojectionError=REPROJECTION,
+        confidence=0.999, flags=cv2.SOLVEPNP_SQPNP,
+    )  # fmt: skip
+    if not found or inliers is None or len(inliers) < min_inliers:
+        return None
+    rows = inliers.ravel()
+    w, t = cv2.solvePnPRefineLM(points[rows], rays[rows], np.eye(3), None, w, t)
+    T = geometry.make_T(geometry.so3_exp(w.ravel()), t.ravel())
+    moved = geometry.transform(T, points)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        error = np.linalg.norm(moved[:, :2] / moved[:, 2:] - rays, axis=1)
+    inlier = usable[(error < REPROJECTION) & (moved[:, 2] > 0)]
+    return (T, inlier) if len(inlier) >= min_inliers else None
+
+
+class PlaceStore:
+    """All places by keyframe, and the lookup of those that look alike."""
+
+    def __init__(self) -> None:
+        self._places: dict[int, Place] = {}
+        self._descriptors = np.zeros((0, 0), np.float32)  # [capacity, C]
+        self._ids = np.zeros(0, np.int64)  # [capacity]
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Place]:
+        return iter(self._places.values())
+
+    def __getitem__(self, keyframe_id: int) -> Place:
+        return self._places[keyframe_id]
+
+    def add(self, place: Place) -> None:
+        if self._count == len(self._ids):
+            more = max(64, self._count)
+            room = np.zeros((more, len(place.descriptor)), np.float32)
+            self._descriptors = np.concatenate([self._descriptors, room]) if self._count else room
+            self._ids = np.concatenate([self._ids, np.zeros(more, np.int64)])
+        self._descriptors[self._count] = place.descriptor
+        self._ids[self._count] = place.keyframe_id
+        self._count += 1
+        self._places[place.keyframe_id] = place
+
+    def similar(self, descriptor: np.ndarray, count: int, spacing: int, before: int | None = None) -> Sequence[Place]:
+        """Places that look most alike, best first, no two within ``spacing`` keyframes; only ids below ``before``.
+
+        Descriptors are compared after the mean of all places is taken away: what all images of a scene share tells
+        nothing about where in it they are.
+        """
+        known, ids = self._descriptors[: self._count], self._ids[: self._count]
+        allowed = np.ones(self._count, bool) if before is None else ids < before
+        if not allowed.any():
+            return []
+        mean = known.mean(axis=0)
+        centred, wanted = known - mean, descriptor - mean
+        norms = np.linalg.norm(centred, axis=1) * np.linalg.norm(wanted)
+        score = np.where(allowed, centred @ wanted / np.maximum(norms, 1e-12), -np.inf)
+        chosen: list[int] = []
+        for row in np.argsort(-score, kind="stable"):
+            if len(chosen) == count or not np.isfinite(score[row]):
+                break
+            if all(abs(int(ids[row]) - c) > spacing for c in chosen):
+                chosen.append(int(ids[row]))
+        return [self._places[c] for c in chosen]
