@@ -34,7 +34,9 @@ class Backbone:
         return self.spec.resize.plan(height, width).size
 
     def new_context(self, config: ContextConfig, height: int, width: int) -> KVContext:
-        """An empty context for images of this network size."""
+        """An empty context for images of this network size; ValueError for a model whose frames never meet."""
+        if not self.spec.trunk.num_global:
+            raise ValueError(f"{self.spec.name} has no attention across frames: it takes no context")
         patch = self.spec.trunk.patch
         num_patches = (height // patch) * (width // patch)
         context_spec = self.spec.trunk.context_spec(
@@ -109,10 +111,17 @@ class Backbone:
 def load_backbone(
     name: str, checkpoint: str | Path | Mapping[str, Tensor] | None = None, device: torch.device | str = "cpu"
 ) -> Backbone:
-    """Build a model by name and load its weights strictly (see ``checkpoint.py``)."""
-    from spark3r_ros.backbone.nano import Nano
+    """A model with its weights, ready on ``device``.
 
-    model = Nano()
-    if isinstance(checkpoint, Mapping):
-        model.load_state_dict(dict(checkpoint))
-    return Backbone(model, device)
+    Args:
+        name: one of ``registry.MODELS``, or the path of a weights file of any of them.
+        checkpoint: a file or its tensors; None: from the cache folder (nano: from this package).
+        device: where it runs; nothing else changes between CPU and CUDA.
+
+    Raises:
+        ValueError: unknown name; ``CheckpointError`` (a ValueError) for weights that are missing, damaged or of another
+            model, with the remedy.
+    """
+    from spark3r_ros.backbone.registry import load_model  # registry knows all families, they know Backbone's parts
+
+    return Backbone(load_model(name, checkpoint), device)

@@ -36,6 +36,7 @@ class KeyMap:
     unused: tuple[str, ...]  # patterns of whole keys that inference does not need
     marker: str  # part of a key that only this family's files have
     finish: Callable[[State], State] | None = None  # what renaming alone cannot do
+    constants: tuple[tuple[str, tuple[float, ...]], ...] = ()  # patterns of whole keys, and the values built in here
 
 
 def dpt_renames(head: str) -> tuple[Rename, ...]:
@@ -110,8 +111,10 @@ def convert(state: Mapping[str, Tensor], keys: KeyMap) -> State:
     skipped = [key for key in state if any(pattern.fullmatch(key) for pattern in unused)]
     if skipped:
         log.debug("unused checkpoint tensors: %s", ", ".join(skipped))
+    constant = {key for key in state for pattern, _ in keys.constants if re.fullmatch(pattern, key)}
+    _check_constants(state, keys)
     renamed: State = {}
-    for key in state.keys() - set(skipped):
+    for key in state.keys() - set(skipped) - constant:
         name = key
         for pattern, replacement in keys.renames:
             name = re.sub(pattern, replacement, name)
@@ -119,6 +122,16 @@ def convert(state: Mapping[str, Tensor], keys: KeyMap) -> State:
             raise CheckpointError(f"two tensors of the checkpoint are named {name}")
         renamed[name] = state[key]
     return keys.finish(renamed) if keys.finish else renamed
+
+
+def _check_constants(state: Mapping[str, Tensor], keys: KeyMap) -> None:
+    """Constants that this package computes itself must be those of the checkpoint."""
+    for pattern, values in keys.constants:
+        for key in state:
+            if re.fullmatch(pattern, key):
+                have = state[key].flatten().float()
+                if len(have) != len(values) or not torch.allclose(have, torch.tensor(values), rtol=0.01):
+                    raise CheckpointError(f"{key} is {have.tolist()}, this package was written for {list(values)}")
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

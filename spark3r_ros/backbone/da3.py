@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -40,7 +42,7 @@ SPECS = {
     "da3-small": any_view("da3-small", 384, 12, 4, (5, 7, 9, 11), ((48, 96, 192, 384), 64)),
     "da3-base": any_view("da3-base", 768, 12, 4, (5, 7, 9, 11), ((96, 192, 384, 768), 128)),
     "da3-large": any_view("da3-large", 1024, 24, 8, (11, 15, 19, 23)),
-    "da3-giant": any_view("da3-giant", 1536, 40, 13, (19, 27, 33, 39)),
+    "da3-giant": replace(any_view("da3-giant", 1536, 40, 13, (19, 27, 33, 39)), sensitive=frozenset(range(3, 13))),
 }
 METRIC_SPEC = ModelSpec(
     name="da3metric-large",
@@ -53,7 +55,7 @@ METRIC_SPEC = ModelSpec(
 )  # fmt: skip
 KEYS = KeyMap(
     renames=(
-        (r"^(model\.)?(da3\.)?", ""),  # as on the hub; nested models hold this one as "da3"
+        (r"^(model\.)?((da3|da3_metric)\.)?", ""),  # as on the hub; nested models hold one of each kind
         (r"^net\.", "backbone."),  # names of older files
         (r"camera_token_extra", "camera_token"),
         (r"^backbone\.pretrained\.(patch_embed\.proj|cls_token|pos_embed)", lambda m: "encoder." + m[1].split(".")[-1]),
@@ -74,6 +76,9 @@ KEYS = KeyMap(
     ),
     marker="backbone.pretrained.camera_token",
     finish=special_tokens("backbone.pretrained.camera_token"),
+)
+METRIC_KEYS = replace(
+    KEYS, unused=(r"^model\.da3\..*", r".*\.mask_token"), marker="scratch.sky_output_conv2.0.weight", finish=None
 )
 
 

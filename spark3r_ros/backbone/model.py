@@ -21,7 +21,7 @@ class ModelSpec:
     trunk: TrunkSpec
     resize: ResizeRule
     gauge: Gauge = Gauge.ANCHORED
-    sensitive: frozenset[int] = frozenset()  # global layers that reduction treats gently (Spark3R's probe)
+    sensitive: frozenset[int] = frozenset()  # global layers that arXiv 2605.06270 found sensitive to reduction
     camera_tokens: int = 0  # tokens per frame of a camera head that mixes frames
     encoder_depth: int = 0  # blocks of the per-frame image encoder before the trunk
     dpt: tuple[tuple[int, ...], int] = ((256, 512, 1024, 1024), 256)  # channels of the four taps, features

@@ -23,6 +23,7 @@ SPEC = ModelSpec(
         taps=(9, 23, 35, 47), num_special=17, frame_rope="unit", global_rope="none", layer_scale=1e-5,
     ),
     resize=ResizeRule(16, 512, "patches"),
+    sensitive=frozenset({10, 11, 12, 13, 15, 16, 17, 21}),  # of the inter-frame blocks
     camera_tokens=17,
     encoder_depth=24,
 )  # fmt: skip
@@ -53,11 +54,11 @@ KEYS = KeyMap(
     ),
     unused=(
         r"aggregator\.patch_embed\.mask_token",
-        r"aggregator\.(patch_embed\.)?rope_embed\.periods",
         r"text_\w+\..*",  # the 256 pixel variant
     ),
     marker="dense_head.proj_conf.weight",
     finish=finish,
+    constants=((r"aggregator\.(patch_embed\.)?rope_embed\.periods", tuple(100 ** (i / 16) for i in range(16))),),
 )
 
 

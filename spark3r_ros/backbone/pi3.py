@@ -27,6 +27,7 @@ SPEC = ModelSpec(
     ),
     resize=ResizeRule(14, 505, "area"),
     gauge=Gauge.FREE,
+    sensitive=frozenset(range(11, 17)),
     encoder_depth=24,
 )  # fmt: skip
 RENAMES = (
@@ -39,11 +40,13 @@ RENAMES = (
     (r"^camera_head\.res_conv\.(\d)\.res_conv(\d)\.", lambda m: f"camera_head.res.{m[1]}.{2 * (int(m[2]) - 1)}."),
     (r"^camera_head\.more_mlps\.", "camera_head.mlp."),
 )
+CONSTANTS = (("image_mean", Model.pixel_mean), ("image_std", Model.pixel_std))
 KEYS = KeyMap(
     renames=RENAMES,
-    unused=(r"image_(mean|std)",),
-    marker="conf_decoder.projects.weight",
+    unused=(),
+    marker="point_head.proj.weight",
     finish=special_tokens("register_token"),
+    constants=CONSTANTS,
 )
 
 PI3X_SPEC = replace(SPEC, name="pi3x", gauge=Gauge.METRIC)
@@ -64,11 +67,11 @@ PI3X_KEYS = KeyMap(
         (r"\.output_block\.(\d)\.2\.", r".out.\1.2."),
     ),
     unused=(
-        r"image_(mean|std)",
         r"(depth_encoder|depth_emb|ray_embed|pose_inject_blk)\b.*",  # depth, rays and poses as input
     ),
     marker="metric_decoder.projects_x.weight",
     finish=special_tokens("register_token"),
+    constants=CONSTANTS,
 )
 
 

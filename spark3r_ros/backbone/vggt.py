@@ -19,6 +19,7 @@ SPEC = ModelSpec(
         patch=14, dim=1024, heads=16, kinds=(FRAME, GLOBAL) * 24, taps=(9, 23, 35, 47), num_special=5,
     ),
     resize=ResizeRule(14, 518, "width"),
+    sensitive=frozenset(range(11, 17)),
     camera_tokens=1,
     encoder_depth=24,
 )  # fmt: skip
