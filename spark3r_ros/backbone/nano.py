@@ -46,7 +46,7 @@ SPEC = ModelSpec(
         eps=1e-6,
         layer_scale=0.2,
     ),
-    resize=ResizeRule(PATCH, 192),
+    resize=ResizeRule(PATCH, 170, mode="patches"),
     camera_tokens=1,
 )
 
@@ -106,8 +106,9 @@ class Nano(Model):
         tap = spec.trunk.tap_dim
         self.depth_head = nn.Sequential(nn.Linear(tap + dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, 2 * cells + 1))
         self.camera_head = nn.Sequential(nn.Linear(tap, dim), nn.GELU(), nn.Linear(dim, 6 * NUM_PARTNERS + 3))
-        for head in (self.depth_head, self.camera_head):
-            nn.init.normal_(head[-1].weight, std=0.01)  # start from what the solver says
+        for last in (self.depth_head[-1], self.camera_head[-1]):
+            assert isinstance(last, nn.Linear)
+            nn.init.normal_(last.weight, std=0.01)  # start from what the solver says
 
     def motion(self, images: Tensor, previous: Tensor | None) -> Tensor:
         """Flow to the partners [S, MOTION_WIDTH, h, w] of a window [S, 3, H, W]."""
