@@ -1,0 +1,158 @@
+"""nano: its motion solver finds known motion, partners follow the rules, contexts carry the gauge."""
+
+import numpy as np
+import pytest
+import torch
+
+from spark3r_ros.backbone import Backbone
+from spark3r_ros.backbone.motion import CHANNELS, motion_channels, partners
+from spark3r_ros.backbone.motion_solver import so3_exp, solve_from_directions, solve_motion
+from spark3r_ros.backbone.nano import Nano, chain
+from spark3r_ros.config import ContextConfig, ReductionConfig
+from training.paths import camera_path
+from training.scenes import Scene, camera_matrix
+from training.textures import texture_bank
+
+SIZE = (144, 192)
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    torch.manual_seed(0)
+    return Backbone(Nano())
+
+
+@pytest.fixture(scope="module")
+def clip():
+    """Six frames [6, 3, 144, 192] of an orbit with K and true poses."""
+    scene = Scene(1, "room", texture_bank(12, seed=3))
+    K = camera_matrix(SIZE[1], SIZE[0], 60)
+    path = camera_path("orbit", 60, seed=1)[:6]
+    images = np.stack([scene.render(pose, K, SIZE[1], SIZE[0])[0] for pose in path])
+    return torch.from_numpy(images).permute(0, 3, 1, 2) / 255, torch.from_numpy(K), path
+
+
+def test_partners_are_earlier_frames_or_else_later_ones():
+    assert partners(4, 0).tolist() == [[1, 2], [0, 2], [1, 0], [2, 1]]
+    assert partners(2, 2).tolist() == [[1, 0], [2, 1]]
+    assert partners(1, 0).tolist() == [[-1, -1]]
+    assert partners(1, 1).tolist() == [[0, -1]]
+
+
+def test_flow_to_a_shifted_image_and_its_absence():
+    rng = np.random.default_rng(0)
+    base = np.kron(rng.integers(0, 255, (20, 28)), np.ones((8, 8))).astype(np.uint8)
+    motion = motion_channels([base[8:152, 8:200], base[8:152, 11:203]]).reshape(2, 2, CHANNELS, 36, 48)
+    inner = motion[1, 0][:, 4:-4, 4:-4]
+    assert abs(np.median(inner[0]) - 3) < 0.1  # frame 1 sees at x what frame 0 sees at x + 3
+    assert abs(np.median(inner[1])) < 0.1
+    assert np.median(inner[2]) < 0.1
+    assert (motion[1, 1, 2] == -1).all()
+
+
+def synthetic_motion(batch=16, seed=0):
+    """Random points seen from two partners: points, targets, weights, offsets, R, t."""
+    generator = torch.Generator().manual_seed(seed)
+    points = torch.rand(batch, 48, 2, generator=generator, dtype=torch.float64) - 0.5
+    depth = torch.exp(0.3 * torch.randn(batch, 48, generator=generator, dtype=torch.float64))
+    w = 0.05 * torch.randn(batch, 1, 3, generator=generator, dtype=torch.float64)
+    t = 0.15 * torch.nn.functional.normalize(torch.randn(batch, 1, 3, generator=generator, dtype=torch.float64), dim=-1)
+    factor = torch.tensor([1.0, 2.0], dtype=torch.float64)[:, None]
+    R, t = so3_exp(w * factor), t * factor
+    moved = (torch.nn.functional.pad(points, (0, 1), value=1.0) * depth[..., None])[:, None] @ R.transpose(-1, -2)
+    moved = moved + t[:, :, None]
+    targets = moved[..., :2] / moved[..., 2:]
+    weights = torch.full(targets.shape[:-1], 160.0**2 / 0.1, dtype=torch.float64)
+    offsets = torch.tensor([[-1.0, -2.0]], dtype=torch.float64).expand(batch, 2)
+    return points, targets, weights, offsets, R, t, depth
+
+
+def test_the_solver_finds_motion_and_depth_from_exact_flow():
+    points, targets, weights, offsets, R, t, depth = synthetic_motion()
+    motion = solve_from_directions(points, targets, weights, offsets, (6, 8), 0.5)
+    unit = motion.t.norm(dim=-1) / t.norm(dim=-1)
+    angle = torch.rad2deg((motion.R - R).flatten(2).norm(dim=-1) / 2**0.5)
+    cosine = torch.nn.functional.cosine_similarity(motion.t, t, dim=-1)
+    assert (angle < 0.2).float().mean() > 0.9
+    assert (cosine > 0.99).float().mean() > 0.9
+    good = (cosine > 0.99).all(dim=1)
+    scaled = (-motion.log_inverse_depth).exp() / depth / unit[:, :1]
+    assert (scaled[good].log().abs().median() < 0.05).all()
+
+
+def test_the_solver_ignores_outliers_and_missing_partners():
+    points, targets, weights, _, R, t, depth = synthetic_motion(4)
+    targets[:, :, ::6] += 0.3
+    weights[:, 1] = 0
+    start = (R, t)
+    prior = depth.log().neg()
+    motion = solve_motion(points, targets, weights, prior, torch.full_like(prior, 0.05), start)
+    assert torch.rad2deg((motion.R - R)[:, 0].flatten(1).norm(dim=-1)).max() < 1
+    assert torch.isfinite(motion.t).all()
+
+
+def test_a_chain_composes_relative_poses():
+    R, t = so3_exp(torch.tensor([[[0.0, 0.1, 0.0]]])), torch.tensor([1.0, 0, 0])
+    T = torch.eye(4).repeat(1, 3, 1, 1)
+    T[..., :3, :3], T[..., :3, 3] = R, t
+    assert torch.allclose(chain(T)[0, 2], T[0, 0] @ T[0, 0])
+    assert torch.equal(chain(T)[0, 0], torch.eye(4))
+
+
+def test_any_number_of_frames_and_sizes(backbone, clip):
+    images, K, _ = clip
+    for frames, size in ((1, SIZE), (2, SIZE), (5, (120, 216)), (3, (192, 144))):
+        part = torch.nn.functional.interpolate(images[:frames], size=size)
+        out = backbone(part)
+        assert out.depth.shape == (frames, *size)
+        assert out.T_world_camera.shape == (frames, 4, 4)
+        assert torch.isfinite(out.T_world_camera).all()
+        assert (out.depth > 0).all()
+        assert ((out.confidence >= 0) & (out.confidence < 1)).all()
+    assert torch.allclose(backbone(images[:2], intrinsics=K.float()).intrinsics[0], K.float())
+
+
+def test_known_k_and_rendered_motion_give_the_rotation(backbone, clip):
+    images, K, path = clip
+    out = backbone(images, intrinsics=K.float()).T_world_camera.double().numpy()
+    true = np.linalg.inv(path[0]) @ path
+    cosine = (np.trace(np.swapaxes(true, 1, 2)[:, :3, :3] @ out[:, :3, :3], axis1=1, axis2=2) - 1) / 2
+    assert np.degrees(np.arccos(np.clip(cosine, -1, 1))).max() < 6  # turns 30 degrees; these weights are random
+
+
+def test_windows_with_context_continue_the_poses_of_one_block_causal_pass(backbone, clip):
+    from spark3r_ros.backbone.trunk import PassOptions
+
+    images, K, _ = clip
+    context = backbone.new_context(ContextConfig(), *SIZE)
+    first = backbone(images[:4], context=context, intrinsics=K.float())
+    context.commit([0, 1, 2, 3], [0, 1, 2, 3])
+    second = backbone(images[4:], context=context, previous=images[2:4], intrinsics=K.float())
+    with torch.inference_mode():
+        options = PassOptions(window_ids=torch.tensor([0, 0, 0, 0, 1, 1]))
+        motion = backbone.model.motion(images, None)[None]
+        whole = backbone.model(images[None], options, motion=motion, intrinsics=K.float().expand(1, 6, 3, 3))
+    poses = torch.cat([first.T_world_camera, second.T_world_camera])
+    assert torch.allclose(poses, whole.T_world_camera[0], atol=2e-4)
+    assert torch.allclose(torch.cat([first.depth, second.depth]), whole.depth[0], rtol=1e-3)
+
+
+def test_overlapping_windows_hang_on_the_frame_that_the_context_knows(backbone, clip):
+    images, K, _ = clip
+    context = backbone.new_context(ContextConfig(), *SIZE)
+    first = backbone(images[:4], context=context, intrinsics=K.float())
+    context.commit([0, 1, 2, 3], [0, 1, 2, 3])
+    overlapping = backbone(images[2:], context=context, previous=images[:2], intrinsics=K.float())
+    assert torch.allclose(overlapping.T_world_camera[0], first.T_world_camera[2], atol=1e-5)
+    tracked = backbone(images[4:5], context=context, previous=images[2:4], intrinsics=K.float())
+    again = backbone(images[4:5], context=context, previous=images[2:4], intrinsics=K.float())
+    assert torch.allclose(tracked.T_world_camera, again.T_world_camera)  # tracking leaves nothing behind
+    assert not torch.allclose(tracked.T_world_camera[0], torch.eye(4), atol=1e-3)
+
+
+def test_reduction_runs(backbone, clip):
+    images, K, _ = clip
+    reduced = backbone(images, intrinsics=K.float(), reduction=ReductionConfig(query_factor=2, kv_factor=2))
+    dense = backbone(images, intrinsics=K.float())
+    assert reduced.depth.shape == dense.depth.shape
+    assert not torch.equal(reduced.depth, dense.depth)
