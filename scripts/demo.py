@@ -150,8 +150,8 @@ class Listener:
 @contextlib.contextmanager
 def running_node(log: Path, settings: list[str]) -> Iterator[subprocess.Popen[bytes]]:
     """The node as a process; it is ended whatever happens."""
-    parameters = ["drop_policy:=never", "base_frame:=''", "use_sim_time:=true", "map_period:=0.5", *settings]
-    arguments = [word for setting in parameters for word in ("-p", setting)]
+    arguments = ["--params-file", str(ROOT / "config" / "replay.yaml")]
+    arguments += [word for setting in ("map_period:=0.5", *settings) for word in ("-p", setting)]
     remaps = ["-r", f"image:={IMAGES}", "-r", "camera_info:=/camera/camera_info"]
     command = [sys.executable, "-m", "spark3r_ros.ros.node", "--ros-args", *arguments, *remaps]
     with log.open("wb") as output:

@@ -58,11 +58,19 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--camera-info-topic", help="CameraInfo topic of a bag; default: the one beside the images")
     build.add_argument("--fps", type=float, help="frame rate of a plain folder of images (default 30)")
     build.set_defaults(command=_map)
+
+    models = commands.add_parser("models", help="list backbones, fetch their weights", description=_models.__doc__)
+    models.set_defaults(command=_models)
+    actions = models.add_subparsers(metavar="ACTION")
+    get = actions.add_parser("get", help="fetch the weights of one model", description=_get_model.__doc__)
+    get.add_argument("name", help="as `spark3r models` lists it")
+    get.add_argument("--accept-licence", action="store_true", help="you have read the licence and may use the weights")
+    get.set_defaults(command=_get_model)
     return parser
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="NAME", help="backbone; `spark3r models` lists them")
+    parser.add_argument("--model", metavar="NAME", help="backbone (`spark3r models` lists them) or a weights file")
     parser.add_argument(
         "--set",
         action="append",
@@ -201,6 +209,32 @@ def _say(out: Path, report: dict[str, Any]) -> None:
     )
     for name in ("trajectory.tum", "map.ply", "report.json", "report.png"):
         print(f"  {out / name}")
+
+
+def _models(options: argparse.Namespace) -> int:
+    """All backbones: parameters, size of the weights, memory of a context frame, licences, and where weights belong."""
+    from spark3r_ros.backbone.registry import list_models
+
+    columns = ("model", "parameters", "download", "K/V per frame", "on disk", "licence of the weights / of the code")
+    rows = [columns]
+    for info in list_models():
+        size = f"{info.download_bytes / 1e9:.2f} GB" if info.download_bytes else "included"
+        licences = f"{info.weights_licence} / {info.code_licence}"
+        kv_frame = f"{info.kv_bytes_per_frame / 2**20:.1f} MiB"
+        here = str(info.path) if info.present else "-"
+        rows.append((info.name, f"{info.parameters / 1e6:.0f} M", size, kv_frame, here, licences))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns) - 1)]
+    for row in rows:
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[-1]]))
+    return 0
+
+
+def _get_model(options: argparse.Namespace) -> int:
+    """Fetch the weights of one model into the cache folder; non-commercial ones need --accept-licence."""
+    from spark3r_ros.backbone.registry import get_model
+
+    print(get_model(options.name, accept_licence=options.accept_licence))
+    return 0
 
 
 if __name__ == "__main__":

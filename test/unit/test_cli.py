@@ -112,3 +112,31 @@ def test_settings_take_the_type_of_the_default():
     assert (config.window.size, config.context.budget_mb, config.loops.enabled) == (12, 64.0, False)
     assert config.model.name == "vggt"
     assert cli.build_config([]) == Config()
+
+
+def test_models_are_listed_with_licences(capsys):
+    assert cli.main(["models"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
+    assert "included" in lines["nano"]
+    assert "Apache-2.0 / Apache-2.0" in lines["nano"]
+    assert "non-commercial" in lines["vggt"]
+    assert all("MiB" in line for line in lines.values())
+
+
+def test_non_commercial_weights_need_a_word(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SPARK3R_CACHE", str(tmp_path))
+    assert cli.main(["models", "get", "vggt"]) == 1
+    assert "--accept-licence" in capsys.readouterr().err
+
+
+def test_weights_that_are_there_are_not_fetched(tmp_path, monkeypatch, capsys):
+    from spark3r_ros.backbone import registry
+
+    monkeypatch.setenv("SPARK3R_CACHE", str(tmp_path))
+    path = registry.weights_path("vggt")
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert cli.main(["models", "get", "vggt", "--accept-licence"]) == 0
+    assert capsys.readouterr().out.strip() == str(path)
+    assert cli.main(["models", "get", "vgtt"]) == 1
+    assert "unknown model 'vgtt'" in capsys.readouterr().err
