@@ -192,7 +192,8 @@ def test_equal_to_sensor_msgs_py():
     point_cloud2 = pytest.importorskip("sensor_msgs_py.point_cloud2", reason="sensor_msgs_py is not installed here")
     batch = points(1000)
     own: PointCloud2 = conversions.CloudWriter().write("map", batch, np.eye(4))
-    other = point_cloud2.create_cloud(own.header, own.fields, np.frombuffer(own.data, conversions.POINT))
+    declared = point_cloud2.dtype_from_fields(own.fields, own.point_step)
+    other = point_cloud2.create_cloud(own.header, own.fields, np.frombuffer(own.data, declared))
     assert other == own
     read = point_cloud2.read_points(own, field_names=["x", "y", "z"], skip_nans=True)
     np.testing.assert_array_equal(np.stack([read["x"], read["y"], read["z"]], axis=1), batch.xyz)

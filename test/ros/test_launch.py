@@ -1,0 +1,177 @@
+"""Launch files and the files they bring along."""
+
+import importlib.util
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+import yaml
+
+from spark3r_ros.ros import interface, parameters
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH_FILES = sorted((ROOT / "launch").glob("*.launch.py"))
+CONFIGS = sorted((ROOT / "config").glob("*.yaml"))
+
+
+def described(path):
+    """The launch description of a file; skips the test where launch is missing."""
+    pytest.importorskip("launch.actions", reason="launch is not installed here")
+    pytest.importorskip("launch_ros.actions", reason="launch_ros is not installed here")
+    spec = importlib.util.spec_from_file_location(path.name.split(".")[0], path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.generate_launch_description()
+
+
+@pytest.mark.parametrize("path", LAUNCH_FILES, ids=lambda p: p.name)
+def test_every_argument_is_described(path):
+    description = described(path)
+    from launch.actions import DeclareLaunchArgument
+
+    arguments = [e for e in description.entities if isinstance(e, DeclareLaunchArgument)]
+    assert arguments
+    assert all(a.description and a.description != "no description given" for a in arguments)
+
+
+def run(path, monkeypatch, **arguments):
+    """What a launch file would start, as (executable or command, parameters, remappings), without starting it."""
+    described(path)
+    from launch.actions import ExecuteProcess, IncludeLaunchDescription
+    from launch.launch_description_sources import PythonLaunchDescriptionSource
+    from launch_ros.actions import Node
+    from launch_ros.substitutions import FindPackageShare
+
+    from launch import LaunchContext
+
+    monkeypatch.setattr(FindPackageShare, "perform", lambda self, context: str(ROOT))
+    context = LaunchContext()
+    context.launch_configurations.update(arguments)
+    started = []
+
+    def visit(entity):
+        condition = getattr(entity, "condition", None)
+        if condition is not None and not condition.evaluate(context):
+            return
+        if isinstance(entity, Node):
+            entity._perform_substitutions(context)
+            started.append(entity)
+            return
+        if isinstance(entity, ExecuteProcess):
+            started.append(entity)
+            return
+        if isinstance(entity, IncludeLaunchDescription):
+            assert isinstance(entity.launch_description_source, PythonLaunchDescriptionSource)
+        for child in entity.visit(context) or []:
+            visit(child)
+
+    for entity in described(path).entities:
+        visit(entity)
+    return started, context
+
+
+def settings(node):
+    """Parameters that a launched node gets on top of its YAML, by name."""
+    merged = {}
+    for path, is_file in node._Node__expanded_parameter_arguments or []:
+        if is_file:
+            content = yaml.safe_load(Path(path).read_text())
+            for group in content.values():
+                merged.update(group["ros__parameters"])
+    return merged
+
+
+def test_live(monkeypatch):
+    started, context = run(
+        ROOT / "launch" / "live.launch.py", monkeypatch, model="nano", tf_mode="off", image_topic="/cam/image"
+    )
+    (node,) = started
+    assert node.node_package == "spark3r_ros"
+    got = settings(node)
+    assert (got["model.name"], got["tf_mode"], got["use_sim_time"]) == ("nano", "off", False)
+    assert got["drop_policy"] == "newest"
+    assert "base_frame" not in got, "an argument that was not given changes nothing"
+    assert ("image", "/cam/image") in node.expanded_remapping_rules
+    assert context.environment["FASTDDS_DEFAULT_PROFILES_FILE"].endswith("config/fastdds_shm.xml")
+    parameters.build_configs({k: v for k, v in got.items() if k != "use_sim_time"})
+
+
+@pytest.mark.parametrize("rviz", ["true", "false"])
+def test_rviz(monkeypatch, rviz):
+    started, _ = run(ROOT / "launch" / "live.launch.py", monkeypatch, rviz=rviz)
+    assert [n.node_package for n in started] == ["spark3r_ros", "rviz2"][: 2 if rviz == "true" else 1]
+
+
+def test_replay(monkeypatch):
+    (node, player), _ = run(ROOT / "launch" / "replay.launch.py", monkeypatch, bag="/bags/one", rate="0.5", loop="true")
+    got = settings(node)
+    assert (got["use_sim_time"], got["drop_policy"]) == (True, "never")
+    words = [word for part in player.cmd for word in [part[0].text]]
+    assert words[1:5] == ["-m", "spark3r_ros.ros.player", "/bags/one", "--rate"]
+    assert "--wait-for" in words
+
+
+def test_replay_offline(monkeypatch):
+    (process,), _ = run(ROOT / "launch" / "replay.launch.py", monkeypatch, bag="/bags/one", offline="true", out="/out")
+    words = [part[0].text for part in process.cmd]
+    assert words[1:] == ["-m", "spark3r_ros.cli", "map", "/bags/one", "--out", "/out", "--topic", "/camera/image_raw"]
+
+
+def test_localization(monkeypatch):
+    (node,), _ = run(ROOT / "launch" / "localization.launch.py", monkeypatch, map_file="/maps/office.map")
+    got = settings(node)
+    assert (got["map_file"], got["load_map_on_start"]) == ("/maps/office.map", True)
+
+
+def test_multi_camera(monkeypatch):
+    started, _ = run(ROOT / "launch" / "multi_camera.launch.py", monkeypatch, cameras="front, rear")
+    assert [n.expanded_node_namespace for n in started] == ["/front", "/rear"]
+    assert [settings(n)["tf_mode"] for n in started] == ["odom_to_base", "off"]
+    for node in started:
+        parameters.build_configs({k: v for k, v in settings(node).items() if k != "use_sim_time"})
+
+
+# ---- the files beside them ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_every_key_of_a_yaml_exists_and_is_an_override(path):
+    text = path.read_text()
+    values = dict(yaml.safe_load(text)["/**"]["ros__parameters"])
+    values.pop("use_sim_time", None)
+    if values.get("load_map_on_start"):
+        values["map_file"] = "/maps/one"
+    parameters.build_configs(values)
+    assert text.startswith("#")
+
+
+def test_dds_profile_has_large_shared_memory():
+    space = {"d": "http://www.eprosima.com"}
+    root = ET.parse(ROOT / "config" / "fastdds_shm.xml").getroot()
+    assert int(root.find(".//d:segment_size", space).text) >= 64 << 20
+    assert root.find(".//d:participant", space).get("is_default_profile") == "true"
+
+
+def test_rviz_and_foxglove_show_everything_at_once():
+    rviz = yaml.safe_load((ROOT / "config" / "spark3r.rviz").read_text())["Visualization Manager"]
+    shown = {d["Topic"]["Value"]: d["Topic"] for d in rviz["Displays"] if "Topic" in d}
+    ours = {o.topic.replace("~", "/spark3r"): o for o in interface.OUTPUTS}
+    wanted = {f"/spark3r/{name}" for name in ("path", "keyframes", "points", "map", "odometry")}
+    assert wanted | {"/camera/image_raw"} <= set(shown)
+    assert any(d["Class"].endswith("/TF") and d["Enabled"] for d in rviz["Displays"])
+    for topic, settings in shown.items():
+        if topic in ours:
+            name = ours[topic].profile.reliability.name.replace("_", " ").title()
+            assert settings["Reliability Policy"] == name
+            durable = ours[topic].profile.durability.name.replace("_", " ").title()
+            assert settings["Durability Policy"] == durable
+    layout = json.loads((ROOT / "config" / "foxglove_layout.json").read_text())
+    panels = layout["configById"]
+    assert wanted <= set(panels["3D!spark3r"]["topics"])
+    assert panels["Image!camera"]["imageMode"]["imageTopic"] == "/camera/image_raw"
+
+    def leaves(node):
+        return {node} if isinstance(node, str) else leaves(node["first"]) | leaves(node["second"])
+
+    assert leaves(layout["layout"]) == set(panels)
