@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from spark3r_ros.backbone.cameras import SinglePassCamera, decode_world_to_camera
 from spark3r_ros.backbone.checkpoint import AGGREGATOR_RENAMES, KeyMap, State, special_tokens
 from spark3r_ros.backbone.encoder import Encoder, EncoderSpec
-from spark3r_ros.backbone.heads import Dpt, in_chunks
+from spark3r_ros.backbone.heads import Dpt, in_chunks, place_embedding
 from spark3r_ros.backbone.model import Geometry, Model, ModelSpec
 from spark3r_ros.backbone.preprocess import ResizeRule
 from spark3r_ros.backbone.trunk import DENSE, FRAME, GLOBAL, REGISTER, PassOptions, Trunk, TrunkSpec, describe
@@ -67,7 +67,7 @@ class ShuffleHead(nn.Module):
 
     def __init__(self, in_dim: int, channels: tuple[int, ...], features: int) -> None:
         super().__init__()
-        self.dpt = Dpt(in_dim, channels, features, relu_skip=False, upsample=4)
+        self.dpt = Dpt(in_dim, channels, features, upsample=4)
         self.depth = nn.Conv2d(features, 16, 1)
         self.confidence = nn.Conv2d(features, 16, 1)
 
@@ -76,6 +76,7 @@ class ShuffleHead(nn.Module):
 
         def one_chunk(*piece: Tensor) -> Tensor:
             x = self.dpt(piece, grid, aspect)
+            x = x + place_embedding(x, aspect)
             return F.pixel_shuffle(torch.cat([self.depth(x), self.confidence(x)], dim=1), 4)
 
         return in_chunks(one_chunk, *taps)
