@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 from collections.abc import Iterable, Sequence
 
+import cv2
 import numpy as np
 from geometry_msgs.msg import Pose, PoseStamped, Quaternion, Transform, TransformStamped
 from nav_msgs.msg import Odometry, Path
@@ -125,19 +126,13 @@ class CloudWriter:
     def write(self, frame_id: str, points: PointBatch, T_frame_points: np.ndarray) -> PointCloud2:
         """The points moved by T [4, 4]; points that are not finite are left out."""
         xyz, rgb, confidence = points.xyz, points.rgb, points.confidence
-        finite = np.isfinite(xyz.sum(axis=1, dtype=np.float32))
+        finite = np.isfinite(xyz)
         if not finite.all():
-            xyz, rgb, confidence = xyz[finite], rgb[finite], confidence[finite]
-        out = self._reserve(len(xyz))
-        T = T_frame_points.astype(np.float32)
-        for row, name in enumerate("xyz"):
-            out[name] = xyz @ T[row, :3] + T[row, 3]
-        packed = rgb[:, 0].astype(np.uint32)
-        for channel in (1, 2):
-            packed <<= 8
-            packed |= rgb[:, channel]
-        out["rgb"] = packed
-        out["confidence"] = confidence
+            keep = finite.all(axis=1)
+            xyz, rgb, confidence = xyz[keep], rgb[keep], confidence[keep]
+        resize(self._msg.data, len(xyz) * POINT.itemsize)
+        if len(xyz):
+            self._fill(xyz, rgb, confidence, T_frame_points)
         msg = self._msg
         msg.header.frame_id = frame_id
         msg.header.stamp = stamps.to_msg(points.stamp_ns)
@@ -145,10 +140,15 @@ class CloudWriter:
         msg.row_step = len(xyz) * POINT.itemsize
         return msg
 
-    def _reserve(self, count: int) -> np.ndarray:
-        """A view [count] of the message's own data, resized in place."""
-        resize(self._msg.data, count * POINT.itemsize)
-        return np.frombuffer(self._msg.data, dtype=POINT)
+    def _fill(self, xyz: np.ndarray, rgb: np.ndarray, confidence: np.ndarray, T: np.ndarray) -> None:
+        """Write straight into the message's own data, column by column: POINT as floats and as bytes."""
+        floats = np.frombuffer(self._msg.data, np.float32).reshape(len(xyz), 5)
+        octets = np.frombuffer(self._msg.data, np.uint8).reshape(len(xyz), POINT.itemsize)
+        floats[:, :3] = cv2.transform(np.ascontiguousarray(xyz)[:, None], T[:3].astype(np.float32))[:, 0]
+        floats[:, 4] = confidence
+        octets[:, 15] = 0
+        for channel in range(3):
+            octets[:, 14 - channel] = rgb[:, channel]
 
 
 def resize(data: array.array, size: int) -> None:
