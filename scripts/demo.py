@@ -327,11 +327,12 @@ def report(out: Path, bag: Path, sent: int, got: Received, seconds: float, truth
     print("\n".join(lines))
 
 
-def prepare_ros() -> None:
-    """A domain of our own on this machine only, and shared memory large enough for images."""
+def prepare_ros(out: Path) -> None:
+    """A domain of our own on this machine only, shared memory large enough for images, logs beside the results."""
     os.environ.setdefault("ROS_DOMAIN_ID", str(os.getpid() % 101 + 1))
     os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     os.environ.setdefault("FASTDDS_DEFAULT_PROFILES_FILE", str(PROFILE))
+    os.environ.setdefault("ROS_LOG_DIR", str(out / "log"))
 
 
 def main() -> None:
@@ -342,7 +343,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo", help="where the results go")
     parser.add_argument("--set", action="append", default=[], metavar="NAME:=VALUE", help="a parameter of the node")
     options = parser.parse_args()
-    prepare_ros()
+    prepare_ros(options.out)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         bag, truth = (options.bag, options.truth) if options.bag else sample(options.out)
