@@ -89,6 +89,13 @@ class WindowConfig(_Group):
         ge=0.0, le=1.0, dynamic=True,
     )  # fmt: skip
     max_pending: int = param(300, "frames that may wait for the first window to be full", ge=1, le=100000)
+    first_size: int = param(4, "keyframes that make do for the first window, and for one after being lost", ge=2, le=1000)
+    first_seconds: float = param(
+        3.0, "a first window of first_size keyframes is solved after this time, a full one at once", ge=0.0, le=3600.0
+    )
+    min_features: int = param(30, "a frame with fewer corners is blank: never a keyframe", ge=0, le=10000)
+    lost_confidence: float = param(0.15, "poses below this confidence are bad", ge=0.0, le=1.0)
+    lost_seconds: float = param(0.5, "bad poses for longer than this mean that tracking is lost", ge=0.0, le=60.0)
     intrinsics_windows: int = param(3, "windows after which an estimated focal length is locked", ge=1, le=1000)
 
     def __post_init__(self) -> None:

@@ -98,7 +98,9 @@ class LoopCloser:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loops")
         self._running: Future[dict[int, np.ndarray]] | None = None
 
-    def search(self, query: Place, S_map: dict[int, np.ndarray], path: np.ndarray, depth: float) -> Edge | None:
+    def search(
+        self, query: Place, S_map: dict[int, np.ndarray], path: np.ndarray, depth: float, unconnected_from: int | None
+    ) -> Edge | None:
         """Look for an earlier sight of a new keyframe's place and add it to the graph.
 
         Args:
@@ -106,18 +108,21 @@ class LoopCloser:
             S_map: similarities of all keyframes, the new one included.
             path: [max id + 1] length of the path up to each keyframe, map units.
             depth: median distance of the scene, in the new keyframe's units.
+            unconnected_from: first keyframe of a segment that hangs on nothing: a sight of anything older says where it
+                is, so there is no drift that could be implausible.
         """
         node = query.keyframe_id
         if node - self._last_loop < self.SPACING:
             return None
-        before = node - self.config.min_gap
+        before = node - self.config.min_gap if unconnected_from is None else unconnected_from
         candidates = self.places.similar(query.descriptor, self.config.candidates, self.SPACING, before)
         sightings = [s for s in (recognise(query, c, self.config) for c in candidates) if s is not None]
         for seen in sorted(sightings, key=lambda s: -s.num_inliers):
             first = seen.place.keyframe_id
             edge = loop_edge(first, node, seen.S_place_query, depth * float(np.exp(seen.log_scale)))
             length = float(path[node] - path[first])
-            if np.isfinite(seen.scale_spread) and is_plausible(edge, S_map, length, self.config):
+            plausible = unconnected_from is not None or is_plausible(edge, S_map, length, self.config)
+            if np.isfinite(seen.scale_spread) and plausible:
                 self._take(edge, S_map)
                 return edge
             self.num_refused += 1

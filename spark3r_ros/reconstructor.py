@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 import torch
 
-from spark3r_ros import geometry
+from spark3r_ros import geometry, map_file
 from spark3r_ros.alignment import Link, View, align
 from spark3r_ros.backbone import Backbone, load_backbone
 from spark3r_ros.config import Config
@@ -37,10 +37,12 @@ from spark3r_ros.frame import (
     Update,
     WindowReport,
 )
-from spark3r_ros.loops import LoopCloser, step_edge
-from spark3r_ros.places import PlaceStore, describe, make_place
+from spark3r_ros.loops import Edge, LoopCloser, loop_edge, step_edge
+from spark3r_ros.map_file import MapFileError, SavedMap
+from spark3r_ros.places import Corners, PlaceStore, Sighting, describe, make_place
 from spark3r_ros.point_map import KeyframePoints, PointMap, keyframe_points, trusted
 from spark3r_ros.preprocess import FrameError, NetworkImage, Preprocessor, scale_intrinsics
+from spark3r_ros.recovery import Watch, find_again, sighted_pose, sparse_view
 from spark3r_ros.refine import DepthPrior, Refiner
 from spark3r_ros.scale import OdometrySource, ScaleFilter, from_depth, from_height, from_model
 from spark3r_ros.solver import Solution, Solver
@@ -49,8 +51,9 @@ from spark3r_ros.tracks import FeatureTracker, Tracks
 from spark3r_ros.trajectory import Trajectory
 from spark3r_ros.windows import DepthMap, Gate, Keyframe, Window, gate
 
-__all__ = ["FrameError", "Reconstructor"]
+__all__ = ["FrameError", "MapFileError", "Reconstructor"]
 
+SIGHTED_SIGMA = 0.01  # rad and share of the scene's distance, of a pose from recognised corners
 PLACE_CONFIDENCE = 0.2  # of depths that places keep: outliers are found when places are matched
 
 logger = logging.getLogger(__name__)
@@ -66,6 +69,7 @@ class Seen:
     gray: np.ndarray  # [H, W] uint8, as it came from the camera
     tracks: Tracks
     gate: Gate
+    corners: Corners | None  # of keyframes
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +106,12 @@ class Reconstructor:
         self._trajectory = Trajectory()
         self._waiting: list[Seen] = []  # frames that came before the first window was solved
         self._last_stamp_ns = -(2**63)
+        self._next_keyframe = 0
+        self._segment = 0
+        self._unconnected_from: int | None = None  # first keyframe of a segment that no sighting ties to the map
+        self._sightings: dict[int, Sighting] = {}  # by keyframe: what a camera that was lost has recognised
+        self._recovering = False  # found, but no window is solved yet
+        self._watch = Watch(self.config.window)
         self._num_frames = 0
         self._num_windows = 0
         self._S_map_world = np.eye(4)
@@ -127,19 +137,19 @@ class Reconstructor:
             FrameError: the frame cannot be used; the stream goes on without it.
         """
         seen = self._see(frame)
-        if not self._num_windows:
+        if not self._num_windows and self._state is TrackingState.INITIALISING:
             return self._initialise(seen)
-        estimate = self._track(seen)
+        estimate = self._track_or_lose(seen)
         self._advance_odometry(estimate.T_world_camera)
         keyframe = self._add_keyframe(seen, estimate.T_world_camera) if seen.gate is Gate.KEYFRAME else None
         self._record(seen, estimate, keyframe)
-        solved = self._solve_window() if self._window.is_full else None
+        solved = self._solve_window() if self._window_is_due else None
         return self._update([self._pose_of(seen, estimate)], solved)
 
     def finish(self) -> Update:
         """The stream has ended: solve what is pending, so that every frame has had its pose."""
-        if not self._num_windows:
-            return self._start() if self._waiting else self._update([], None)
+        if self._waiting:
+            return self._start()
         solved = self._solve_window() if self._window.new else None
         self._apply_loops()
         self._refresh_odom()
@@ -157,13 +167,23 @@ class Reconstructor:
         self._preprocess.check(frame)
         gray = cv2.cvtColor(frame.image, cv2.COLOR_RGB2GRAY)
         tracks = self._features.track(gray)
-        decision = Gate.KEYFRAME
-        if self._keyframes:
-            seconds = 1e-9 * (frame.stamp_ns - self._newest.stamp_ns)
-            decision = gate(self.config.window, tracks.flow_px / frame.image.shape[1], tracks.survival, seconds)
+        decision, corners = self._decide(frame, gray, tracks)
         self._last_stamp_ns = frame.stamp_ns
         self._num_frames += 1
-        return Seen(frame, self._num_frames - 1, self._preprocess(frame), gray, tracks, decision)
+        return Seen(frame, self._num_frames - 1, self._preprocess(frame), gray, tracks, decision, corners)
+
+    def _decide(self, frame: Frame, gray: np.ndarray, tracks: Tracks) -> tuple[Gate, Corners | None]:
+        """Static, moving or keyframe; a keyframe comes with its corners, and without corners there is none."""
+        newest = self._keyframes.get(self._next_keyframe - 1)
+        decision = Gate.KEYFRAME  # the first frame of a segment
+        if newest is not None and newest.segment == self._segment:
+            seconds = 1e-9 * (frame.stamp_ns - newest.stamp_ns)
+            decision = gate(self.config.window, tracks.flow_px / frame.image.shape[1], tracks.survival, seconds)
+        if decision is not Gate.KEYFRAME:
+            return decision, None
+        corners = describe(gray, frame.camera, self.config.loops.corners)
+        is_blank = len(corners.uv) < self.config.window.min_features
+        return (Gate.MOVING, None) if is_blank and self._num_frames else (decision, corners)
 
     def _open_camera(self, frame: Frame) -> None:
         """The first frame decides about image size and intrinsics."""
@@ -173,12 +193,15 @@ class Reconstructor:
         self._preprocess.check(frame)
         self._solver = Solver(self.config, self._backbone, self._device, self._preprocess.valid)
         self._solver.K = self._preprocess.K
-        self._features = FeatureTracker(self.config.refine, frame.camera)
         self._tracker = NetworkTracker(self._solver)
-        self._refiner: Refiner | None = None
-        if self._refine_is_on:
-            height, width = frame.image.shape[:2]
-            self._refiner = Refiner(self.config.refine, width, height, frame.camera)
+        self._restart_features()
+
+    def _restart_features(self) -> None:
+        """Nothing is tracked any more: new features and, with refine, a new sparse map."""
+        assert self._preprocess is not None
+        camera, (height, width) = self._preprocess.camera, self._preprocess.image_shape[:2]
+        self._features = FeatureTracker(self.config.refine, camera)
+        self._refiner = Refiner(self.config.refine, width, height, camera) if self._refine_is_on else None
 
     @property
     def _refine_is_on(self) -> bool:
@@ -187,19 +210,21 @@ class Reconstructor:
 
     @property
     def _newest(self) -> Keyframe:
-        return self._keyframes[max(self._keyframes)]
+        return self._keyframes[self._next_keyframe - 1]
 
     def _add_keyframe(self, seen: Seen, T_world_camera: np.ndarray) -> Keyframe:
         keyframe = Keyframe(
-            id=len(self._keyframes),
+            id=self._next_keyframe,
             frame_index=seen.index,
             stamp_ns=seen.frame.stamp_ns,
             frame_id=seen.frame.frame_id,
             rgb=seen.network.rgb,
             metric_depth=seen.network.depth,
             T_odom_base=seen.frame.T_odom_base,
-            corners=describe(seen.gray, seen.frame.camera, self.config.loops.corners),
+            corners=seen.corners,
+            segment=self._segment,
         )
+        self._next_keyframe += 1
         self._keyframes[keyframe.id] = keyframe
         self._move(keyframe, T_world_camera)
         tracks = self._features.set_keyframe(keyframe.id)
@@ -228,10 +253,12 @@ class Reconstructor:
     def _initialise(self, seen: Seen) -> Update:
         """Collect frames until the first window is full, or until too many wait."""
         crowded = len(self._waiting) + 1 >= self.config.window.max_pending
-        if seen.gate is Gate.KEYFRAME or (crowded and seen.gate is not Gate.STATIC):
+        if seen.gate is Gate.KEYFRAME:
             self._add_keyframe(seen, np.eye(4))
         self._waiting.append(seen)
-        return self._start() if self._window.is_full or crowded else self._update([], None)
+        waited = 1e-9 * (seen.frame.stamp_ns - self._waiting[0].frame.stamp_ns)
+        enough = self._window.can_start and waited >= self.config.window.first_seconds
+        return self._start() if self._window.is_full or enough or crowded else self._update([], None)
 
     def _start(self) -> Update:
         """Solve the first window and give every waiting frame its pose."""
@@ -255,15 +282,86 @@ class Reconstructor:
     # -- tracking ------------------------------------------------------------------------------------------------
 
     def _track(self, seen: Seen) -> Estimate:
-        """Pose of one frame: from the sparse map when enough of its points agree, else by asking the network."""
-        if self._refiner is not None:
-            guess = self._trajectory.world_pose(-1, self._keyframes) if len(self._trajectory) else None
-            tracked = self._refiner.track(seen.tracks, guess)
-            if tracked is not None and tracked.is_reliable:
-                return Estimate(tracked.T_world_camera, tracked.covariance, _inlier_confidence(tracked.num_inliers))
-        return self._tracker.track(seen.network.rgb)
+        """Pose of one frame: from the sparse map where there is one, else by asking the network."""
+        guess = self._trajectory.world_pose(-1, self._keyframes) if len(self._trajectory) else None
+        tracked = self._refiner.track(seen.tracks, guess) if self._refiner is not None else None
+        if tracked is None:
+            return self._tracker.track(seen.network.rgb)
+        confidence = _inlier_confidence(tracked.num_inliers) if tracked.is_reliable else 0.0
+        return Estimate(tracked.T_world_camera, tracked.covariance, confidence)
+
+    def _track_or_lose(self, seen: Seen) -> Estimate:
+        """Track; when that has failed for a while, say so and look for the place among those that are known."""
+        if self._state is not TrackingState.LOST and not self._recovering:
+            estimate = self._track(seen)
+            if not self._watch.frame(seen.frame.stamp_ns, estimate.confidence):
+                return estimate
+            self._lose()
+        return self._look_around(seen)
+
+    # -- lost and found ------------------------------------------------------------------------------------------
+
+    def _lose(self) -> None:
+        """Tracking has failed: forget what only tracking needs, begin a new segment."""
+        logger.warning("tracking is lost after %d frames; looking for known places", self._num_frames)
+        self._state = TrackingState.LOST
+        self._recovering = False
+        self._segment += 1
+        self._sightings.clear()
+        for keyframe in self._window.clear():
+            keyframe.retire()
+        self._restart_features()
+        self._watch.restart()
+
+    def _look_around(self, seen: Seen) -> Estimate:
+        """Pose of a frame of a lost camera: of the place that it recognises, else the last one, without confidence."""
+        sighting = self._recognise(seen)
+        if sighting is None:
+            if self._recovering and self._watch.frame(seen.frame.stamp_ns, 0.0):
+                self._lose()
+            held = self._trajectory.world_pose(-1, self._keyframes) if len(self._trajectory) else np.eye(4)
+            return Estimate(held, np.eye(6) * LOST_SIGMA**2, 0.0)
+        if self._state is TrackingState.LOST:
+            logger.info("found again at keyframe %d with %d points", sighting.place.keyframe_id, sighting.num_inliers)
+        self._state, self._recovering = TrackingState.TRACKING, True
+        self._watch.frame(seen.frame.stamp_ns, 1.0)
+        keyframe = self._keyframes[sighting.place.keyframe_id]
+        T = sighted_pose(sighting, keyframe, self._S_map_world)
+        self._sightings[seen.index] = sighting
+        sigma_t = SIGHTED_SIGMA * keyframe.median_depth * keyframe.scale / float(geometry.scale_of(self._S_map_world))
+        covariance = np.diag([sigma_t**2] * 3 + [SIGHTED_SIGMA**2] * 3)
+        return Estimate(T, covariance, _inlier_confidence(sighting.num_inliers))
+
+    def _recognise(self, seen: Seen) -> Sighting | None:
+        assert self._preprocess is not None
+        corners = seen.corners or describe(seen.gray, seen.frame.camera, self.config.loops.corners)
+        if not len(self._places) or len(corners.uv) < self.config.window.min_features:
+            return None
+        solution = self._solver.query(seen.network.rgb, [])
+        query = make_place(-1, solution.descriptors[0], corners, None, solution.K, self._preprocess.ratio, 0.0)
+        near = max(self._sightings.items())[1].place.keyframe_id if self._sightings else None
+        return find_again(query, self._places, near, self.config.loops)
+
+    def _known_views(self, keyframes: Sequence[Keyframe], K: np.ndarray) -> dict[int, View]:
+        """What the map knows of a window's cameras, by position: overlap, or places that a lost camera recognised."""
+        known = {}
+        for i, keyframe in enumerate(keyframes):
+            sighting = self._sightings.get(keyframe.frame_index)
+            if keyframe.dense is not None:
+                known[i] = View(keyframe.T_world_camera, keyframe.dense.depth, keyframe.dense.confidence)
+            elif sighting is not None:
+                place = self._keyframes[sighting.place.keyframe_id]
+                T = sighted_pose(sighting, place, self._S_map_world)
+                shape = keyframe.rgb.shape[:2] if keyframe.rgb is not None else (0, 0)
+                known[i] = sparse_view(sighting, place, self._S_map_world, T, K, shape)
+        return known
 
     # -- windows -------------------------------------------------------------------------------------------------
+
+    @property
+    def _window_is_due(self) -> bool:
+        """A full window, or, when a lost camera has been found, as little as will do."""
+        return self._window.is_full or (self._recovering and self._window.can_start)
 
     def _solve_window(self) -> Solved:
         """One pass of the network over the window, joined to the map."""
@@ -272,7 +370,7 @@ class Reconstructor:
         keyframes, overlap, new = self._window.keyframes, self._window.overlap, list(self._window.new)
         solution = self._solver.solve(keyframes, self._window.previous_of(keyframes))
         self._solver.learn_intrinsics(solution.K)
-        link = self._join(keyframes, len(overlap), solution)
+        link = self._join(keyframes, solution)
         if self._refiner is not None and len(keyframes) > 1:
             self._refine(self._refiner, keyframes)
         self._solver.commit(keyframes)
@@ -283,21 +381,35 @@ class Reconstructor:
         for keyframe in self._window.slide():
             keyframe.retire()
         self._tracker.rebase(keyframes[-1], self._window.previous_of(keyframes[-1:]), link)
-        self._state = TrackingState.TRACKING if len(self._keyframes) > 1 else TrackingState.INITIALISING
+        self._settle(keyframes, link)
         self._num_windows += 1
         self._last_report = self._report(len(keyframes), link, time.perf_counter() - started)
         return Solved(self._last_report, new, self._depth_camera(solution.K))
 
-    def _join(self, keyframes: Sequence[Keyframe], num_overlap: int, solution: Solution) -> Link | None:
+    def _settle(self, keyframes: Sequence[Keyframe], link: Link | None) -> None:
+        """The window is in the map: what that means for the state."""
+        if self._state is TrackingState.LOST:  # a new segment that nothing ties to the map
+            self._unconnected_from = keyframes[0].id
+        self._state = TrackingState.TRACKING if len(keyframes) > 1 else TrackingState.INITIALISING
+        self._recovering = False
+        self._sightings.clear()
+        if self._watch.window(link is None or link.accepted or self._refiner is not None):
+            self._lose()
+
+    def _join(self, keyframes: Sequence[Keyframe], solution: Solution) -> Link | None:
         """Bring a solved window into the world: poses of its new keyframes, depth of all of them."""
+        known = self._known_views(keyframes, solution.K)
         link = None
-        S = geometry.inverse(solution.T_window_camera[0])  # the first camera is the origin of the world
-        if num_overlap:
-            there = [_view(k) for k in keyframes[:num_overlap]]
-            here = [View(*v) for v in zip(solution.T_window_camera, solution.depth, solution.confidence, strict=True)]
-            link = align(there, here[:num_overlap], solution.K, self.config.alignment, solution.same_gauge)
+        # without anything known: the first camera stays where it was last seen, at first the origin of the world
+        unit = geometry.similarity(self._unknown_scale(solution), np.eye(4))
+        S = keyframes[0].T_world_camera @ unit @ geometry.inverse(solution.T_window_camera[0])
+        if known:
+            here = [View(solution.T_window_camera[i], solution.depth[i], solution.confidence[i]) for i in known]
+            there = list(known.values())
+            link = align(there, here, solution.K, self.config.alignment, solution.same_gauge)
             S = link.S_map_window
         scale = float(geometry.scale_of(S))
+        num_overlap = sum(k.dense is not None for k in keyframes)
         for i, keyframe in enumerate(keyframes):
             T = geometry.apply_similarity_to_pose(S, solution.T_window_camera[i])
             if i < num_overlap:  # old pose and new one are blended, so that no step is left at the boundary
@@ -340,17 +452,41 @@ class Reconstructor:
                 keyframe.id, descriptor, corners, dense, dense.K, self._preprocess.ratio, PLACE_CONFIDENCE
             )
             keyframe.corners = None
-            if keyframe.id - 1 in self._keyframes:
-                before = self._keyframes[keyframe.id - 1]
+            before = self._keyframes.get(keyframe.id - 1)
+            if before is not None and before.segment == keyframe.segment and before.place is not None:
                 T = geometry.inverse(before.T_world_camera) @ keyframe.T_world_camera
                 doubt = link.sigma if link is not None and keyframe is new[0] else 0.0
                 self._loops.edges.append(step_edge(before.id, keyframe.id, T, keyframe.median_depth, doubt))
             if self.config.loops.enabled:
                 S_map, path = self._graph()
-                self._loops.search(keyframe.place, S_map, path, keyframe.median_depth)
+                loop = self._loops.search(
+                    keyframe.place, S_map, path, keyframe.median_depth, self._unconnected_from
+                )  # fmt: skip
+                if loop is not None and self._unconnected_from is not None:
+                    self._connect(loop, S_map)
+            self._tie(keyframe)
             self._places.add(keyframe.place)
         if self._loops.is_due:
             self._loops.submit(self._graph()[0])
+
+    def _tie(self, keyframe: Keyframe) -> None:
+        """A keyframe of a camera that was found again hangs on the place where it was found."""
+        sighting = self._sightings.get(keyframe.frame_index)
+        if sighting is not None:
+            place = self._keyframes[sighting.place.keyframe_id]
+            S = geometry.inverse(place.S_map_keyframe) @ keyframe.S_map_keyframe
+            self._loops.edges.append(loop_edge(place.id, keyframe.id, S, place.median_depth))
+
+    def _connect(self, loop: Edge, S_map: dict[int, np.ndarray]) -> None:
+        """Move a segment that hung on nothing to where a sighting says that it is."""
+        assert self._unconnected_from is not None
+        C = S_map[loop.first] @ loop.S_first_second @ geometry.inverse(S_map[loop.second])
+        self._S_map_world = C @ self._S_map_world
+        for number in range(self._unconnected_from, self._next_keyframe):
+            self._move(self._keyframes[number], self._keyframes[number].T_world_camera)
+        logger.info("segment of keyframe %d connected at keyframe %d", loop.second, loop.first)
+        self._unconnected_from = None
+        self._corrections += 1
 
     def _graph(self) -> tuple[dict[int, np.ndarray], np.ndarray]:
         """Nodes of the pose graph and the length of the path up to each keyframe, map units."""
@@ -372,7 +508,7 @@ class Reconstructor:
             keyframe.T_map_camera = geometry.make_T(geometry.project_to_so3(S[:3, :3]), S[:3, 3])
         last = self._keyframes[max(moved)]
         self._S_map_world = last.S_map_keyframe @ geometry.inverse(last.T_world_camera)
-        for number in range(last.id + 1, len(self._keyframes)):
+        for number in range(last.id + 1, self._next_keyframe):
             self._move(self._keyframes[number], self._keyframes[number].T_world_camera)
         self._scale_filter.restart({k.id: k.scale for k in self._keyframes.values()})
         self._corrections += 1
@@ -393,6 +529,15 @@ class Reconstructor:
     @property
     def _scale(self) -> ScaleEstimate:
         return self._scale_filter.estimate
+
+    def _unknown_scale(self, solution: Solution) -> float:
+        """World units per window unit for a window that shares nothing with the map: as before, or as far away."""
+        if not self._num_windows:
+            return 1.0
+        if solution.same_gauge and self._last_report is not None:
+            return float(np.exp(self._last_report.log_scale))
+        before = [k.median_depth for k in self._keyframes.values() if k.place is not None]
+        return before[-1] / float(np.median(solution.depth))
 
     def _points_of(self, keyframe: Keyframe, window: Sequence[Keyframe]) -> KeyframePoints:
         dense, rgb = keyframe.dense, keyframe.rgb
@@ -447,8 +592,8 @@ class Reconstructor:
         T_map_camera = self._refresh_odom()
         to_output = np.diag([self._unit] * 3 + [1.0] * 3)
         cov = to_output @ estimate.covariance @ to_output
-        if self._state is TrackingState.LOST:
-            cov = np.eye(6) * LOST_SIGMA**2
+        if self._state is TrackingState.LOST or self._unconnected_from is not None:
+            cov = np.eye(6) * LOST_SIGMA**2  # not where it is in the map, though its motion may be well known
         is_keyframe = self._newest.frame_index == seen.index
         return FramePose(
             seen.frame.stamp_ns, seen.frame.frame_id, self._T_odom_camera, T_map_camera, cov, self._state, is_keyframe
@@ -539,10 +684,40 @@ class Reconstructor:
         }
 
     def save_map(self, path: str | Path) -> None:
-        raise NotImplementedError
+        """Write keyframes, places, points and pose graph to one file; ``OSError`` when that cannot be written."""
+        keyframes = tuple(k for k in self._keyframes.values() if k.place is not None)
+        known = {k.id for k in keyframes}
+        points = {i: self._points[i] for i in known if i in self._points}
+        edges = tuple(e for e in self._loops.edges if e.first in known and e.second in known)
+        map_file.write(path, SavedMap(self._model_name, self._scale, keyframes, points, edges))
 
     def load_map(self, path: str | Path) -> None:
-        raise NotImplementedError
+        """Start over inside a saved map: lost until the camera recognises a place.
+
+        Raises:
+            MapFileError: the file cannot be read, is damaged, or was made with another model.
+        """
+        saved = map_file.read(path)
+        if saved.model != self._model_name:
+            raise MapFileError(f"{path} was made with model {saved.model}, this is {self._model_name}; load that model")
+        self.reset()
+        for keyframe in saved.keyframes:
+            assert keyframe.place is not None
+            self._keyframes[keyframe.id] = keyframe
+            self._places.add(keyframe.place)
+        for number, points in saved.points.items():
+            self._points.set(number, points)
+        self._loops.edges.extend(saved.edges)
+        self._scale_filter.resume(saved.scale)
+        self._next_keyframe = max(self._keyframes, default=-1) + 1
+        self._segment = 1
+        self._corrections += 1
+        if self._keyframes:
+            self._state = TrackingState.LOST
+
+    @property
+    def _model_name(self) -> str:
+        return str(self._backbone.spec.name)
 
 
 def _device(name: str) -> torch.device:
@@ -554,11 +729,6 @@ def _device(name: str) -> torch.device:
 def _inlier_confidence(num_inliers: int) -> float:
     """A few dozen points that agree are as good as many."""
     return 1.0 - float(np.exp(-num_inliers / 30))
-
-
-def _view(keyframe: Keyframe) -> View:
-    assert keyframe.dense is not None, f"keyframe {keyframe.id} has no depth"
-    return View(keyframe.T_world_camera, keyframe.dense.depth, keyframe.dense.confidence)
 
 
 def _baseline(keyframe: Keyframe, window: Sequence[Keyframe]) -> float:

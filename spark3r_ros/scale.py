@@ -47,7 +47,7 @@ class ScaleFilter:
         self.num_rejected = 0
         self._accepted: deque[Measurement] = deque(maxlen=self.KEPT)
         self._candidates: deque[tuple[float, Measurement]] = deque(maxlen=10)
-        self._estimate = ScaleEstimate()
+        self._base = self._estimate = ScaleEstimate()  # base: of the saved map that this one goes on from
         self._information: dict[str, float] = {}
 
     @property
@@ -95,18 +95,24 @@ class ScaleFilter:
         self._estimate = ScaleEstimate(mean, floored, source)
         self._accepted.append(measurement)
 
+    def resume(self, estimate: ScaleEstimate) -> None:
+        """Go on with the scale of a saved map."""
+        self._base = self._estimate = estimate
+        self._believe_base()
+
+    def _believe_base(self) -> None:
+        self._estimate = self._base
+        self._information = {self._base.source: self._base.sigma**-2} if self._base.is_metric else {}
+
     def restart(self, keyframe_scale: Mapping[int, float]) -> None:
         """A loop correction stretched keyframes: fuse again what was accepted, with their new scales."""
         history = list(self._accepted)
         self._accepted.clear()
-        self._information.clear()
-        estimate = ScaleEstimate()
+        self._believe_base()
         for m in history:
             if m.keyframe_id in keyframe_scale:
                 value = m.log_scale - float(np.log(keyframe_scale[m.keyframe_id]))
-                sigma = float(np.hypot(estimate.sigma, self.config.drift)) if estimate.is_metric else float("inf")
-                self._fuse(value, sigma, m)
-                estimate = self._estimate
+                self._fuse(value, float(np.hypot(self._estimate.sigma, self.config.drift)), m)
 
 
 def from_depth(keyframe: Keyframe) -> Measurement | None:

@@ -60,6 +60,7 @@ class Keyframe:
     rgb: np.ndarray | None  # [h, w, 3] uint8, network size
     T_world_camera: np.ndarray = field(default_factory=lambda: np.eye(4))  # model scale, as solved
     T_map_camera: np.ndarray = field(default_factory=lambda: np.eye(4))  # the same after loop corrections
+    segment: int = 0  # keyframes tracked in one go; after being lost a new one begins
     scale: float = 1.0  # map units per world unit here: a loop correction may stretch a keyframe
     dense: DepthMap | None = None
     median_depth: float = 1.0  # distance of the scene, world units
@@ -107,8 +108,9 @@ class Window:
         return len(self.overlap) + len(self._new) >= self.config.size
 
     @property
-    def is_first(self) -> bool:
-        return not self._history
+    def can_start(self) -> bool:
+        """Whether there are enough keyframes for a window without overlap."""
+        return len(self._new) >= min(self.config.first_size, self.config.size)
 
     def add(self, keyframe: Keyframe) -> None:
         self._new.append(keyframe)

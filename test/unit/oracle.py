@@ -7,6 +7,7 @@ be tested without any network. It recognises frames by their pixels.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -97,6 +98,7 @@ class Oracle:
         self.index = {f.image.tobytes(): i for i, f in enumerate(stream.frames)}
         self.passes: list[int] = []  # frames per pass
         self.rng = np.random.default_rng(0)
+        self.spec = SimpleNamespace(name="oracle")
         self.broken: set[int] = set()  # windows (by number of multi-frame pass) that answer nonsense
 
     def fit_size(self, height: int, width: int) -> tuple[int, int]:

@@ -1,0 +1,162 @@
+"""Lost and found: blackouts, kidnapping, and a saved map that is recognised in a second run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import oracle
+import pytest
+from oracle import Oracle, Stream, render
+
+from spark3r_ros.config import Config, WindowConfig, with_values
+from spark3r_ros.frame import TrackingState
+from spark3r_ros.map_file import MapFileError
+from spark3r_ros.reconstructor import Reconstructor
+from spark3r_ros.recovery import Watch
+from training.paths import camera_path
+
+OPTIONS = {"refine.mode": "off", "window.size": 6, "window.overlap": 2, "window.first_seconds": 100.0}
+
+
+def at(stream: Stream, rows, blank=()) -> Stream:
+    """Frames in another order at even times; ``blank``: positions where the lens is covered."""
+    frames = []
+    for i, row in enumerate(rows):
+        f = stream.frames[row]
+        image = np.full_like(f.image, 9) if i in blank else f.image
+        frames.append(dataclasses.replace(f, stamp_ns=i * 10**8, image=image))
+    return dataclasses.replace(
+        stream, frames=frames, T_world_camera=stream.T_world_camera[rows], depth=stream.depth[rows]
+    )
+
+
+@pytest.fixture(scope="module")
+def stream(request):
+    size = oracle.WIDTH, oracle.HEIGHT
+    oracle.WIDTH, oracle.HEIGHT = 320, 240
+    yield render(camera_path("orbit", 50, 3, 0.25), 3)
+    oracle.WIDTH, oracle.HEIGHT = size
+
+
+class Blinking(Oracle):
+    """Says so when it sees nothing."""
+
+    def __call__(self, images, **options):
+        prediction = super().__call__(images, **options)
+        dark = images.flatten(1).std(dim=1) < 0.01
+        confidence = prediction.confidence * (~dark)[:, None, None]
+        return dataclasses.replace(prediction, confidence=confidence)
+
+
+def run(stream: Stream, reconstructor: Reconstructor):
+    updates = [*(reconstructor.push(f) for f in stream.frames), reconstructor.finish()]
+    return updates, [p for u in updates for p in u.poses]
+
+
+def make(stream: Stream, **options) -> Reconstructor:
+    return Reconstructor(with_values(Config(), OPTIONS | options), Blinking(stream))
+
+
+def test_a_blackout_is_noticed_and_the_place_found_again(stream):
+    rows = [*range(40), *range(39, 9, -1)]
+    dark = set(range(40, 52))
+    covered = at(stream, rows, dark)
+    _, poses = run(covered, make(covered))
+    states = [p.state for p in poses]
+    assert len(poses) == len(rows)
+    assert states[39] is TrackingState.TRACKING
+    assert states[51] is TrackingState.LOST
+    assert poses[51].covariance[0, 0] > 1e3
+    found = next(i for i in range(52, len(rows)) if states[i] is TrackingState.TRACKING)
+    assert found <= 53
+    assert poses[found].covariance[0, 0] < 1.0
+    T_first = np.linalg.inv(covered.T_world_camera[0])
+    for i in range(found, len(rows)):
+        truth = (T_first @ covered.T_world_camera[i])[:3, 3] * 0.5
+        assert np.linalg.norm(poses[i].T_map_camera[:3, 3] - truth) < 0.06
+    assert np.max(np.linalg.norm(np.diff([p.T_map_camera[:3, 3] for p in poses[found:]], axis=0), axis=1)) < 0.1
+    assert all(np.isfinite(p.T_odom_camera).all() for p in poses)
+
+
+def test_a_kidnapped_camera_that_sees_nothing_known_goes_on_without_confidence(stream):
+    size = oracle.WIDTH, oracle.HEIGHT
+    oracle.WIDTH, oracle.HEIGHT = 320, 240
+    other = render(camera_path("handheld", 40, 5, 1.0), 8)
+    oracle.WIDTH, oracle.HEIGHT = size
+    frames = [*at(stream, list(range(42)), set(range(34, 42))).frames]
+    frames += [dataclasses.replace(f, stamp_ns=(42 + i) * 10**8) for i, f in enumerate(other.frames)]
+    both = dataclasses.replace(
+        stream,
+        frames=frames,
+        T_world_camera=np.concatenate([stream.T_world_camera[:42], other.T_world_camera]),
+        depth=np.concatenate([stream.depth[:42], other.depth]),
+    )
+    _, poses = run(both, make(both))
+    assert len(poses) == len(frames)
+    assert any(p.state is TrackingState.LOST for p in poses)
+    assert all(p.covariance[0, 0] > 1e3 for p in poses[45:])
+
+
+def test_a_saved_map_is_found_again(stream, tmp_path):
+    first = make(at(stream, list(range(50))))
+    run(at(stream, list(range(50))), first)
+    path = tmp_path / "room.map"
+    first.save_map(path)
+    rows = list(range(5, 45, 2))
+    second_stream = at(stream, rows)
+    second = make(second_stream)
+    second.load_map(path)
+    assert len(second.map_points().xyz) == len(first.map_points().xyz)
+    updates, poses = run(second_stream, second)
+    assert len(poses) == len(rows)
+    assert poses[0].state is TrackingState.TRACKING
+    T_first = np.linalg.inv(stream.T_world_camera[0])
+    for pose, row in zip(poses, rows, strict=True):
+        truth = (T_first @ stream.T_world_camera[row])[:3, 3] * 0.5
+        assert np.linalg.norm(pose.T_map_camera[:3, 3] - truth) < 0.08
+    assert updates[0].map_changed
+
+
+def test_a_map_survives_two_round_trips(stream, tmp_path):
+    first = make(at(stream, list(range(30))))
+    run(at(stream, list(range(30))), first)
+    first.save_map(tmp_path / "a.map")
+    second = make(stream)
+    second.load_map(tmp_path / "a.map")
+    second.save_map(tmp_path / "b.map")
+    assert (tmp_path / "a.map").read_bytes() == (tmp_path / "b.map").read_bytes()
+
+
+def test_a_map_of_another_model_is_refused(stream, tmp_path):
+    first = make(at(stream, list(range(20))))
+    run(at(stream, list(range(20))), first)
+    first.save_map(tmp_path / "a.map")
+    other = make(stream)
+    other._backbone.spec.name = "giant"
+    with pytest.raises(MapFileError, match="made with model oracle, this is giant"):
+        other.load_map(tmp_path / "a.map")
+
+
+def test_an_empty_map_can_be_saved_and_loaded(stream, tmp_path):
+    make(stream).save_map(tmp_path / "empty.map")
+    reconstructor = make(at(stream, list(range(20))))
+    reconstructor.load_map(tmp_path / "empty.map")
+    _, poses = run(at(stream, list(range(20))), reconstructor)
+    assert len(poses) == 20
+
+
+def test_watch_waits_before_it_calls_tracking_lost():
+    watch = Watch(WindowConfig())
+    assert not watch.frame(0, 0.9)
+    assert not watch.frame(4 * 10**8, 0.0)
+    assert watch.frame(6 * 10**8, 0.0)
+    assert not watch.frame(7 * 10**8, 0.9)
+
+
+def test_watch_counts_windows_that_do_not_fit():
+    watch = Watch(WindowConfig())
+    assert not watch.window(False)
+    assert not watch.window(True)
+    assert not watch.window(False)
+    assert watch.window(False)
