@@ -84,7 +84,7 @@ class Backbone:
             context.begin(len(images))
         sensitive = frozenset() if reduction is None else self._sensitive(reduction)
         options = PassOptions(first, reduction, sensitive, context)
-        with torch.autocast(self.device.type, dtype=self._dtype, enabled=self.device.type == "cuda"):
+        with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
             out = self.model(images[None], options, motion=None if motion is None else motion[None], intrinsics=known)
         return Prediction(
             T_world_camera=out.T_world_camera[0],

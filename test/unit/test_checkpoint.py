@@ -1,0 +1,144 @@
+"""Weights files: what is read, what is refused, and that nothing in a file is executed or ignored silently."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from spark3r_ros.backbone import load_backbone
+from spark3r_ros.backbone.checkpoint import CheckpointError, read_checkpoint
+from spark3r_ros.backbone.nano import Nano
+from spark3r_ros.backbone.registry import identify
+
+
+@pytest.fixture(scope="module")
+def state():
+    torch.manual_seed(0)
+    return {key: value.contiguous() for key, value in Nano().state_dict().items()}
+
+
+@pytest.fixture
+def file(tmp_path, state):
+    path = tmp_path / "nano.safetensors"
+    save_file(state, path)
+    return path
+
+
+def assert_holds(backbone, state):
+    for key, value in backbone.model.state_dict().items():
+        torch.testing.assert_close(value, state[key], rtol=0, atol=0)
+
+
+def test_safetensors_file(file, state):
+    assert_holds(load_backbone("nano", file), state)
+
+
+def test_mapping_of_tensors(state):
+    assert_holds(load_backbone("nano", state), state)
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s, "step": 3}, lambda s: {"state_dict": s}])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pytorch_file(tmp_path, state, wrap, zipped):
+    path = tmp_path / "nano.pt"
+    torch.save(wrap(state), path, _use_new_zipfile_serialization=zipped)
+    assert_holds(load_backbone("nano", path), state)
+
+
+def test_half_precision_file_is_used_in_float32(tmp_path, state):
+    path = tmp_path / "nano.safetensors"
+    save_file({key: value.half() for key, value in state.items()}, path)
+    assert all(p.dtype == torch.float32 for p in load_backbone("nano", path).model.parameters())
+
+
+def test_a_path_in_place_of_the_name_is_recognised(file, state):
+    backbone = load_backbone(str(file))
+    assert backbone.spec.name == "nano"
+    assert_holds(backbone, state)
+
+
+class Attack:
+    """Unpickling this writes a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return Path.write_text, (self.target, "executed")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_with_code_is_refused_unexecuted(tmp_path, zipped):
+    path, trace = tmp_path / "evil.pt", tmp_path / "trace"
+    torch.save({"weight": Attack(trace)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match="refused"):
+        read_checkpoint(path)
+    path.write_bytes(pickle.dumps(Attack(trace)))
+    with pytest.raises(CheckpointError):
+        read_checkpoint(path)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("share", [0.0001, 0.5, 0.999])
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "pickle"])
+def test_truncated_files(tmp_path, state, kind, share):
+    path = tmp_path / "nano"
+    if kind == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
+    data = path.read_bytes()
+    path.write_bytes(data[: max(20, int(share * len(data)))])
+    with pytest.raises(CheckpointError, match="cut short|refused"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"<html>login</html>"])
+def test_other_files(tmp_path, content):
+    path = tmp_path / "page.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="neither a safetensors nor a PyTorch file"):
+        read_checkpoint(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        load_backbone("nano", tmp_path / "none.pt")
+
+
+def test_pytorch_file_without_tensors(tmp_path):
+    path = tmp_path / "list.pt"
+    torch.save([1, 2], path)
+    with pytest.raises(CheckpointError, match="dictionary of tensors"):
+        read_checkpoint(path)
+
+
+def test_all_differences_are_listed(state):
+    wrong = dict(state)
+    wrong["embed.0.bias"] = wrong["embed.0.bias"][:3]
+    wrong["somebody.else"] = torch.zeros(1)
+    wrong["trunk.blocks.0.norm1.weight"] = torch.full_like(wrong["trunk.blocks.0.norm1.weight"], float("nan"))
+    del wrong["trunk.blocks.1.norm1.weight"]
+    with pytest.raises(CheckpointError) as error:
+        load_backbone("nano", wrong)
+    for part in (
+        "embed.0.bias has shape [3] instead of",
+        "unknown somebody.else",
+        "missing trunk.blocks.1.norm1.weight",
+        "trunk.blocks.0.norm1.weight holds values that are not finite",
+    ):
+        assert part in str(error.value)
+
+
+def test_weights_of_another_model_are_named(state):
+    with pytest.raises(CheckpointError, match="not of vggt: it looks like nano"):
+        load_backbone("vggt", state)
+    with pytest.raises(CheckpointError, match="does not fit any model"):
+        identify({"weight": torch.zeros(1)}, "file")
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match="unknown model 'vgt'; known are nano"):
+        load_backbone("vgt")
