@@ -1,0 +1,368 @@
+"""The streaming engine on real and rendered sequences: ablations, loops, endurance, tracking cost, saved maps.
+
+    python -m benchmarks.streaming ablation --sequences ../shared/data/tum_fr3_office ../shared/data/tum_fr1_plant19
+    python -m benchmarks.streaming circuit --frames 2400
+    python -m benchmarks.streaming endurance --frames 10000
+    python -m benchmarks.streaming tracking
+    python -m benchmarks.streaming relocalise
+
+Every part prints a table and ends with one line of JSON. ``--set group.field=value`` changes the configuration of every
+run, ``--threads`` the CPU threads (figures in docs/streaming.md: one).
+
+Measures. ATE: RMSE of camera positions after Sim(3) alignment (``evo_ape -as`` gives the same), of every frame's best
+pose at the end of the stream. Boundary ratio: median translation error of the relative pose between consecutive
+keyframes that different windows solved, over the same for keyframes that one window solved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from spark3r_ros import geometry
+from spark3r_ros.backbone import Backbone, load_backbone
+from spark3r_ros.config import Config, parameters, with_values
+from spark3r_ros.frame import CameraModel, Frame, FramePose, TrackingState, Update, WindowReport
+from spark3r_ros.reconstructor import Reconstructor
+from spark3r_ros.sources import open_source
+from training.paths import camera_path
+from training.scenes import Scene, camera_matrix
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """Frames, as often as wanted, and their ground truth."""
+
+    name: str
+    frames: Callable[[], Iterable[Frame]]
+    T_world_camera: np.ndarray  # [N, 4, 4] metres
+
+
+@dataclass(eq=False)
+class Run:
+    """What one pass over a sequence gave."""
+
+    reconstructor: Reconstructor
+    poses: list[FramePose] = field(default_factory=list)
+    windows: list[WindowReport] = field(default_factory=list)
+    window_of: dict[int, int] = field(default_factory=dict)  # keyframe stamp -> window that solved it first
+    seconds: list[float] = field(default_factory=list)  # per frame
+
+
+def recorded(path: Path) -> Recording:
+    """A sequence in the layout of ../shared/data, with its poses.txt."""
+    rows = np.loadtxt(path / "poses.txt")
+    T = geometry.make_T(geometry.matrix_from_quat_xyzw(rows[:, 4:8]), rows[:, 1:4])
+    return Recording(path.name, lambda: open_source(path), T)
+
+
+def circuit(frames: int, rounds: float, size: tuple[int, int], seed: int, fps: float = 10.0) -> Recording:
+    """Rounds of a closed lane through a furnished hall, rendered once and kept in memory."""
+    poses = camera_path("circuit", frames, seed, rounds)
+    return Recording(f"circuit {frames}", _rendered(poses, Scene(seed, "hall"), size, fps), poses)
+
+
+def _rendered(poses: np.ndarray, scene: Scene, size: tuple[int, int], fps: float) -> Callable[[], Iterator[Frame]]:
+    K = camera_matrix(*size, 70.0)
+    camera = CameraModel(*size, K)
+    kept: list[np.ndarray] = []
+
+    def frames() -> Iterator[Frame]:
+        for i, T in enumerate(poses):
+            if i == len(kept):
+                kept.append(scene.render(T, K, *size)[0])
+            yield Frame(round(i / fps * 1e9), kept[i], "camera", camera)
+
+    return frames
+
+
+def run(sequence: Recording, config: Config, backbone: Backbone, load: Path | None = None) -> Run:
+    result = Run(Reconstructor(config, backbone))
+    if load is not None:
+        result.reconstructor.load_map(load)
+    for frame in sequence.frames():
+        started = time.perf_counter()
+        update = result.reconstructor.push(frame)
+        result.seconds.append(time.perf_counter() - started)
+        _note(result, update)
+    _note(result, result.reconstructor.finish())
+    return result
+
+
+def _note(result: Run, update: Update) -> None:
+    result.poses.extend(update.poses)
+    if update.window is not None:
+        result.windows.append(update.window)
+        for stamp, _ in result.reconstructor.keyframe_poses():
+            result.window_of.setdefault(stamp, update.window.index)
+
+
+def ate(estimated: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+    """RMSE in metres of positions of [N, 4, 4] after Sim(3), and the scale."""
+    S = geometry.umeyama(estimated[:, :3, 3], truth[:, :3, 3])
+    error = geometry.transform(S, estimated[:, :3, 3]) - truth[:, :3, 3]
+    return float(np.sqrt(np.mean(np.sum(error**2, axis=1)))), float(geometry.scale_of(S))
+
+
+def boundary_ratio(result: Run, truth: np.ndarray, stamps: np.ndarray, scale: float) -> tuple[float, float, float]:
+    """Median relative translation error in metres of keyframe pairs across and inside windows, and their ratio."""
+    row = {int(s): i for i, s in enumerate(stamps)}
+    across, inside = [], []
+    keyframes = result.reconstructor.keyframe_poses()
+    for (stamp_a, T_a), (stamp_b, T_b) in itertools.pairwise(keyframes):
+        if stamp_a not in row or stamp_b not in row:
+            continue
+        wanted = geometry.inverse(truth[row[stamp_a]]) @ truth[row[stamp_b]]
+        found = geometry.inverse(T_a) @ T_b
+        error = float(np.linalg.norm(scale * found[:3, 3] - wanted[:3, 3]))
+        (across if result.window_of[stamp_a] != result.window_of[stamp_b] else inside).append(error)
+    if not across or not inside:
+        return float("nan"), float("nan"), float("nan")
+    return float(np.median(across)), float(np.median(inside)), float(np.median(across) / np.median(inside))
+
+
+def summary(result: Run, sequence: Recording) -> dict[str, Any]:
+    stamps = np.array([stamp for stamp, _ in result.reconstructor.trajectory()])
+    truth = sequence.T_world_camera
+    best = np.stack([T for _, T in result.reconstructor.trajectory()])
+    odometry = np.stack([p.T_odom_camera for p in result.poses])
+    error, scale = ate(best, truth)
+    across, inside, ratio = boundary_ratio(result, truth, stamps, scale)
+    status = result.reconstructor.status()
+    length = float(np.linalg.norm(np.diff(truth[:, :3, 3], axis=0), axis=1).sum())
+    return {
+        "frames": len(truth),
+        "posed": len(result.poses) / len(truth),
+        "lost": sum(p.state is TrackingState.LOST for p in result.poses) / len(truth),
+        "path_m": length,
+        "ate_m": error,
+        "ate_share": error / length,
+        "odom_ate_m": ate(odometry, truth)[0],
+        "boundary_mm": 1e3 * across,
+        "interior_mm": 1e3 * inside,
+        "boundary_ratio": ratio,
+        "keyframes": status["keyframes"],
+        "windows": len(result.windows),
+        "refused_links": sum(not w.accepted for w in result.windows),
+        "residual": float(np.nanmedian([w.residual for w in result.windows])) if len(result.windows) > 1 else None,
+        "loops": status["loops"],
+        "loops_refused": status["loops_refused"],
+        "context_mib": float(max((w.context_bytes for w in result.windows), default=0)) / 2**20,
+        "ms_per_frame": 1e3 * float(np.mean(result.seconds)),
+    }
+
+
+# -- the parts ---------------------------------------------------------------------------------------------------
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "no context": {"context.enabled": False},
+    "context 4 frames": {"context.frames": 4},
+    "context 12 frames": {"context.frames": 12},
+    "context 80 frames": {"context.frames": 80},
+    "no token reduction": {"reduction.enabled": False},
+    "align dense": {"alignment.mode": "dense"},
+    "align rigid": {"alignment.mode": "rigid"},
+    "no scale prior": {"alignment.scale_prior": False},
+    "overlap 1": {"window.overlap": 1},
+    "overlap 2": {"window.overlap": 2},
+    "overlap 4": {"window.overlap": 4},
+    "overlap 5": {"window.overlap": 5},
+    "overlap 6": {"window.overlap": 6},
+    "window 12": {"window.size": 12},
+    "keyframe flow 0.03": {"window.keyframe_flow": 0.03},
+    "keyframe flow 0.04": {"window.keyframe_flow": 0.04},
+    "keyframe flow 0.10": {"window.keyframe_flow": 0.10},
+    "no loops": {"loops.enabled": False},
+    "refine off": {"refine.mode": "off"},
+    "refine off, no context": {"refine.mode": "off", "context.enabled": False},
+    "refine off, align dense": {"refine.mode": "off", "alignment.mode": "dense"},
+    "refine off, align rigid": {"refine.mode": "off", "alignment.mode": "rigid"},
+    "refine off, no scale prior": {"refine.mode": "off", "alignment.scale_prior": False},
+    "refine off, overlap 1": {"refine.mode": "off", "window.overlap": 1},
+    "refine off, overlap 6": {"refine.mode": "off", "window.overlap": 6},
+}
+
+
+def ablation(options: argparse.Namespace, config: Config, backbone: Backbone) -> dict[str, Any]:
+    """One change at a time, on every sequence."""
+    sequences = [recorded(Path(p)) for p in options.sequences]
+    if options.circuit:
+        sequences.append(circuit(options.circuit, 1.05, (320, 240), options.seed))
+    rows: dict[str, Any] = {}
+    for name in options.variants or VARIANTS:
+        for sequence in sequences:
+            figures = summary(run(sequence, with_values(config, VARIANTS[name]), backbone), sequence)
+            rows[f"{sequence.name} | {name}"] = figures
+            _row(f"{sequence.name[:20]:20} {name}", figures)
+    return rows
+
+
+def circuit_loops(options: argparse.Namespace, config: Config, backbone: Backbone) -> dict[str, Any]:
+    """A long closed circuit without and with loop closure."""
+    sequence = circuit(options.frames, options.rounds, (options.width, options.width * 3 // 4), options.seed)
+    rows = {}
+    for name, enabled in (("loops off", False), ("loops on", True)):
+        figures = summary(run(sequence, with_values(config, {"loops.enabled": enabled}), backbone), sequence)
+        rows[name] = figures
+        _row(name, figures)
+    rows["ate before / after"] = rows["loops off"]["ate_m"] / rows["loops on"]["ate_m"]
+    print(f"ATE before / after loop closure: {rows['ate before / after']:.2f}")
+    return rows
+
+
+def endurance(options: argparse.Namespace, config: Config, backbone: Backbone) -> dict[str, Any]:
+    """Time, memory and context at the start and at the end of a long stream round the same circuit."""
+    lap = max(100, options.frames // 10)
+    sequence = circuit(lap, 1.0, (options.width, options.width * 3 // 4), options.seed)
+    list(sequence.frames())  # rendered before anything is measured
+    reconstructor = Reconstructor(config, backbone)
+    seconds, memory, context, posed = [], [], [], 0
+    for i, frame in zip(range(options.frames), itertools.cycle(sequence.frames()), strict=False):
+        frame = replace(frame, stamp_ns=round(i * 1e8))
+        started = time.process_time()
+        update = reconstructor.push(frame)
+        seconds.append(time.process_time() - started)
+        posed += len(update.poses)
+        memory.append(_resident())
+        context.append(reconstructor.status()["context_bytes"])
+        if i % 1000 == 999:
+            print(
+                f"frame {i + 1}: {1e3 * np.mean(seconds[-200:]):.1f} ms CPU, {memory[-1] / 2**20:.0f} MiB", flush=True
+            )
+    posed += len(reconstructor.finish().poses)
+    n = min(300, options.frames // 3)
+    early, late = slice(100, 100 + n), slice(-n, None)
+    status = reconstructor.status()
+    return {
+        "frames": options.frames,
+        "posed": posed / options.frames,
+        "early_ms": 1e3 * float(np.mean(seconds[early])),
+        "late_ms": 1e3 * float(np.mean(seconds[late])),
+        "time_ratio": float(np.mean(seconds[late]) / np.mean(seconds[early])),
+        "early_mib": float(np.mean(memory[early])) / 2**20,
+        "late_mib": float(np.mean(memory[late])) / 2**20,
+        "memory_ratio": float(np.mean(memory[late]) / np.mean(memory[early])),
+        "context_bytes_early": context[200],
+        "context_bytes_late": context[-1],
+        "context_budget": status["context_budget"],
+        "keyframes": status["keyframes"],
+        "points": status["points"],
+    }
+
+
+def tracking(options: argparse.Namespace, config: Config, backbone: Backbone) -> dict[str, Any]:
+    """What the pose of one frame costs, over what a window solve costs: network query, and sparse map."""
+    rows = {}
+    sequence = circuit(240, 0.15, (640, 480), options.seed)
+    list(sequence.frames())
+    for name, mode in (("network query", "off"), ("sparse map", "on")):
+        result = run(sequence, with_values(config, {"refine.mode": mode}), backbone)
+        r = result.reconstructor
+        frames = [r._see(replace(f, stamp_ns=f.stamp_ns + 10**12)) for f in itertools.islice(sequence.frames(), 1, 9)]
+        times = []
+        for seen in frames:
+            started = time.process_time()
+            r._track(seen)
+            times.append(time.process_time() - started)
+        windows = [w.seconds for w in result.windows[1:-1]]
+        rows[name] = {
+            "frame_ms": 1e3 * float(np.median(times)),
+            "window_ms": 1e3 * float(np.median(windows)),
+            "share": float(np.median(times) / np.median(windows)),
+        }
+        print(f"{name:14} {rows[name]}")
+    return rows
+
+
+def relocalise(options: argparse.Namespace, config: Config, backbone: Backbone) -> dict[str, Any]:
+    """A map saved from one pass, loaded in another that starts elsewhere and moves differently."""
+    size, n = (options.width, options.width * 3 // 4), options.frames
+    scene = Scene(options.seed, "hall")
+    first_poses = camera_path("circuit", n, options.seed, 1.0)
+    second_poses = camera_path("circuit", n, options.seed + 1, 1.0)[: n // 2]
+    first = Recording("first pass", _rendered(first_poses, scene, size, 10.0), first_poses)
+    second = Recording("second pass", _rendered(second_poses, scene, size, 10.0), second_poses)
+    mapped = run(first, config, backbone)
+    best = np.stack([T for _, T in mapped.reconstructor.trajectory()])
+    S = geometry.umeyama(best[:, :3, 3], first_poses[:, :3, 3])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "hall.map"
+        mapped.reconstructor.save_map(path)
+        size_mib = path.stat().st_size / 2**20
+        again = run(second, config, backbone, load=path)
+    found = [p.state is TrackingState.TRACKING and p.covariance[0, 0] < 1.0 for p in again.poses]
+    positions = geometry.transform(S, np.stack([p.T_map_camera[:3, 3] for p in again.poses]))
+    error = np.linalg.norm(positions - second_poses[:, :3, 3], axis=1)
+    first_found = found.index(True) if any(found) else -1
+    return {
+        "map_ate_m": ate(best, first_poses)[0],
+        "file_mib": size_mib,
+        "frames": len(found),
+        "relocalised": float(np.mean(found)),
+        "first_frame": first_found,
+        "seconds_to_first_pose": float(np.sum(again.seconds[: first_found + 1])),
+        "median_error_m": float(np.median(error[found])) if any(found) else None,
+        "p90_error_m": float(np.percentile(error[found], 90)) if any(found) else None,
+    }
+
+
+def _resident() -> int:
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * 4096
+
+
+def _row(name: str, r: dict[str, Any]) -> None:
+    print(
+        f"{name:48} ATE {r['ate_m']:.4f} m ({100 * r['ate_share']:.2f} %), odom {r['odom_ate_m']:.4f}, boundary "
+        f"{r['boundary_mm']:.1f} / {r['interior_mm']:.1f} mm = {r['boundary_ratio']:.2f}, kf {r['keyframes']}, "
+        f"loops {r['loops']}, posed {r['posed']:.3f}, lost {r['lost']:.3f}, {r['ms_per_frame']:.0f} ms",
+        flush=True,
+    )
+
+
+def _value(config: Config, text: str) -> tuple[str, Any]:
+    name, _, raw = text.partition("=")
+    kinds = {p.name: type(p.default) for p in parameters(config)}
+    kind = kinds.get(name, str)
+    return name, raw == "true" if kind is bool else kind(raw)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = {
+        "ablation": ablation, "circuit": circuit_loops, "endurance": endurance, "tracking": tracking,
+        "relocalise": relocalise,
+    }  # fmt: skip
+    parser.add_argument("part", choices=parts)
+    parser.add_argument("--sequences", nargs="*", default=[], help="folders in the layout of ../shared/data")
+    parser.add_argument("--circuit", type=int, default=0, help="ablation: also a rendered circuit of so many frames")
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, help="ablation: only these")
+    parser.add_argument("--frames", type=int, default=2400)
+    parser.add_argument("--rounds", type=float, default=1.1, help="of the circuit: more than one, or nothing closes")
+    parser.add_argument("--width", type=int, default=320)
+    parser.add_argument("--seed", type=int, default=5)
+    parser.add_argument("--model", default="nano")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--set", nargs="*", default=[], metavar="GROUP.FIELD=VALUE")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    config = with_values(Config(), dict(_value(Config(), s) for s in options.set))
+    backbone = load_backbone(options.model)
+    figures = parts[options.part](options, config, backbone)
+    print(json.dumps({"part": options.part, "model": options.model, "set": options.set, "figures": figures}))
+
+
+if __name__ == "__main__":
+    main()
