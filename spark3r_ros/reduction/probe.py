@@ -233,10 +233,8 @@ def plot(result: ProbeResult, path: Path) -> None:
     for layer in result.sensitive_layers:
         axis.axvspan(layer - 0.5, layer + 0.5, color="tab:red", alpha=0.12, lw=0)
     axis.axhline(result.threshold, color="tab:red", lw=1, label=f"threshold {result.threshold:g}")
-    every: Any = list(layers)
-    axis.set(
-        xlabel="global layer", ylabel="error growth", xticks=every, title=f"{result.model}: red layers are sensitive"
-    )
+    axis.set(xlabel="global layer", ylabel="error growth", title=f"{result.model}: layers in red are sensitive")
+    axis.set_xticks(list(layers))
     axis.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
