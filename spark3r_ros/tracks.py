@@ -26,7 +26,9 @@ _SETTLE_PX = 2.0  # a point that its keyframe patch moves further than this is k
 _EPIPOLAR_PX = 1.5
 _MIN_MATCHES = 16
 _KEPT_KEYFRAMES = 6  # that descriptors are compared with
+_DESCRIBED_LATE = 2  # of them that get descriptors when none were needed at their time
 _GRID = (8, 6)
+_MAX_MOTION_INTERVAL = 0.2  # seconds between frames beyond which their difference is no velocity
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +48,7 @@ class Tracks:
     uv: np.ndarray  # [N, 2] pixels of the image as it came from the camera (distorted)
     flow_px: float  # median motion since the last keyframe; NaN before the first, inf when no point is shared with it
     survival: float  # share of the last keyframe's points that are still seen
+    motion: np.ndarray  # [2, 3] px/s: image velocity of a pixel (u, v, 1); zero when unknown
     late: tuple[LateMatches, ...] = ()
 
 
@@ -74,7 +77,7 @@ class FeatureTracker:
     def __init__(self, config: RefineConfig, camera: CameraModel | None = None) -> None:
         self._config = config
         self._camera = camera
-        self._sift = cv2.SIFT_create(config.features * 2, contrastThreshold=0.02)
+        self._sift = cv2.SIFT.create(nfeatures=2 * config.features, contrastThreshold=0.02)
         self._gray: np.ndarray | None = None
         self._ids = np.zeros(0, np.int64)
         self._uv = np.zeros((0, 2))
@@ -82,9 +85,14 @@ class FeatureTracker:
         self._features: _Features | None = None  # of the current frame, when descriptors were needed
         self._keyframes: deque[_Keyframe] = deque(maxlen=_KEPT_KEYFRAMES)
         self._next_id = 0
+        self._stamp_ns = 0
+        self._motion = np.zeros((2, 3))
 
-    def track(self, gray: np.ndarray) -> Tracks:
-        """Follow all points into ``gray`` [H, W] uint8. ``ValueError`` when the image changes size or type."""
+    def track(self, gray: np.ndarray, stamp_ns: int | None = None) -> Tracks:
+        """Follow all points into ``gray`` [H, W] uint8. ``ValueError`` when the image changes size or type.
+
+        With stamps the image velocity is measured too, which tells how a rolling shutter bends the image.
+        """
         if gray.dtype != np.uint8 or gray.ndim != 2:
             raise ValueError(f"tracking needs a grey uint8 image, got {gray.dtype} of shape {gray.shape}")
         if self._gray is not None and gray.shape != self._gray.shape:
@@ -92,10 +100,14 @@ class FeatureTracker:
         previous, self._gray, self._features = self._gray, gray, None
         late: tuple[LateMatches, ...] = ()
         if previous is not None and self._keyframes:
-            before = len(self._ids)
+            ids, uv = self._ids, self._uv
             self._follow(previous, gray)
-            if len(self._ids) < max(self._config.min_survival * before, _MIN_MATCHES * 2):
+            if len(self._ids) < max(self._config.min_survival * len(ids), _MIN_MATCHES * 2):
                 late = self._match(gray)
+                if self._keyframes[-1].gray is previous:
+                    ids, uv = _with_late(ids, uv, late, self._keyframes[-1].id)
+            self._measure_motion(ids, uv, 0.0 if stamp_ns is None else 1e-9 * (stamp_ns - self._stamp_ns))
+        self._stamp_ns = stamp_ns or 0
         return self._tracks(late)
 
     def set_keyframe(self, keyframe_id: int) -> Tracks:
@@ -114,17 +126,29 @@ class FeatureTracker:
 
     def _tracks(self, late: tuple[LateMatches, ...]) -> Tracks:
         if not self._keyframes:
-            return Tracks(self._ids, self._uv, float("nan"), 1.0, late)
+            return Tracks(self._ids, self._uv, float("nan"), 1.0, self._motion, late)
         last = self._keyframes[-1]
-        ids, uv = last.ids, last.uv
-        for found in late:
-            if found.keyframe_id == last.id:
-                ids, uv = np.concatenate([ids, found.ids]), np.concatenate([uv, found.uv])
+        ids, uv = _with_late(last.ids, last.uv, late, last.id)
         _, here, there = np.intersect1d(self._ids, ids, assume_unique=True, return_indices=True)
         if len(here) == 0:
-            return Tracks(self._ids, self._uv, float("inf"), 0.0, late)
+            return Tracks(self._ids, self._uv, float("inf"), 0.0, self._motion, late)
         flow = float(np.median(np.linalg.norm(self._uv[here] - uv[there], axis=1)))
-        return Tracks(self._ids, self._uv, flow, len(here) / max(len(last.ids), 1), late)
+        return Tracks(self._ids, self._uv, flow, len(here) / max(len(last.ids), 1), self._motion, late)
+
+    def _measure_motion(self, ids: np.ndarray, uv: np.ndarray, seconds: float) -> None:
+        """Fit the image velocity since the previous frame's points ``ids`` [N] at ``uv`` [N, 2]."""
+        self._motion = np.zeros((2, 3))
+        _, here, there = np.intersect1d(self._ids, ids, assume_unique=True, return_indices=True)
+        if not 0 < seconds <= _MAX_MOTION_INTERVAL or len(here) < _MIN_MATCHES:
+            return
+        place = np.concatenate([self._uv[here], np.ones((len(here), 1))], axis=1)
+        velocity = (self._uv[here] - uv[there]) / seconds
+        weight = np.ones(len(here))
+        for _ in range(5):
+            motion = np.linalg.lstsq(place * weight[:, None], velocity * weight[:, None], rcond=None)[0]
+            error = np.linalg.norm(place @ motion - velocity, axis=1)
+            weight = 1.0 / np.sqrt(1.0 + (error / (np.median(error) + 1e-6)) ** 2)
+        self._motion = motion.T
 
     # Following
 
@@ -230,8 +254,10 @@ class FeatureTracker:
         here = self._extract(gray)
         self._features = here
         late = []
-        for keyframe in reversed(self._keyframes):
+        for age, keyframe in enumerate(reversed(self._keyframes)):
             if keyframe.features is None:
+                if age >= _DESCRIBED_LATE:
+                    continue
                 keyframe.features = self._extract(keyframe.gray)
                 count = len(keyframe.features.ids)
                 keyframe.features.ids = np.arange(self._next_id, self._next_id + count, dtype=np.int64)
@@ -287,6 +313,16 @@ class FeatureTracker:
         order = np.argsort(ids, kind="stable")
         self._ids, self._uv = ids[order], uv[order]
         self._velocity = np.zeros_like(self._uv)
+
+
+def _with_late(
+    ids: np.ndarray, uv: np.ndarray, late: tuple[LateMatches, ...], keyframe_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A keyframe's points with those that were recognised only now."""
+    for found in late:
+        if found.keyframe_id == keyframe_id:
+            ids, uv = np.concatenate([ids, found.ids]), np.concatenate([uv, found.uv])
+    return ids, uv
 
 
 def _claim(here: _Features, keyframe: _Keyframe, matches: np.ndarray) -> LateMatches:

@@ -19,6 +19,7 @@ from spark3r_ros.geometry import hat, so3_exp
 
 _MIN_DEPTH = 1e-6  # of the homogeneous z: below, the point is beside or behind the camera
 
+_MAX_READOUT = 0.1  # seconds
 _SINGLE_THREAD_PRODUCT = 200_000  # multiplications below which OpenBLAS does not start threads
 
 
@@ -34,11 +35,16 @@ class Problem:
     anchor: np.ndarray  # [P] index of the camera whose depth is parametrised
     camera: np.ndarray  # [M]
     point: np.ndarray  # [M] ascending
-    uv: np.ndarray  # [M, 2]
+    uv: np.ndarray  # [M, 2] as read
+    shutter: (
+        np.ndarray
+    )  # [M, 2] px/s: image velocity times how much later than the middle row this row is read, in rows
     sigma_px: np.ndarray  # [M]
     prior_inverse_depth: np.ndarray  # [P] at the anchor
     prior_sigma: np.ndarray  # [P] relative to the prior's value; inf: no prior
     focal_sigma: float = 0.0  # prior of log focal around ``focal``; 0: the focal length is fixed
+    readout: float = 0.0  # seconds from the first row to the last
+    readout_sigma: float = 0.0  # prior of it; 0: fixed
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +54,9 @@ class Solution:
     xyz: np.ndarray  # [P, 3] world
     residual_px: np.ndarray  # [M] length; inf behind the camera
     depth_sigma: np.ndarray  # [P] relative standard deviation of the depth, the poses held
-    focal_sigma: float  # of log focal after the adjustment
+    focal_sigma: float  # of log focal after the adjustment; 0 when it was fixed
+    readout: float
+    readout_sigma: float  # after the adjustment; 0 when it was fixed
     cost: float  # robust, per observation
     iterations: int
 
@@ -58,7 +66,12 @@ class _State:
     R: np.ndarray  # [K, 3, 3]
     t: np.ndarray  # [K, 3]
     log_focal: float
+    readout: float
     abr: np.ndarray  # [P, 3]
+
+    @property
+    def camera_globals(self) -> np.ndarray:
+        return np.array([self.log_focal, self.readout])
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +84,7 @@ class _Frozen:
     free_index: np.ndarray  # [K] column block of a camera, -1 when fixed
     by_camera: tuple[np.ndarray, ...]  # observations of each free camera
     starts: np.ndarray  # [P] first observation of each point
+    open_globals: np.ndarray  # which of (log focal, readout) are free
     loss_px: float
     min_inverse_depth: float
 
@@ -112,6 +126,7 @@ def without(problem: Problem, keep: np.ndarray) -> Problem:
         camera=problem.camera[keep],
         point=problem.point[keep],
         uv=problem.uv[keep],
+        shutter=problem.shutter[keep],
         sigma_px=problem.sigma_px[keep],
     )
 
@@ -127,8 +142,9 @@ def _freeze(problem: Problem, loss_px: float) -> tuple[_Frozen, _State]:
     by_camera = tuple(np.flatnonzero(problem.camera == k) for k in np.flatnonzero(problem.is_free))
     starts = np.searchsorted(problem.point, np.arange(len(problem.xyz)))
     floor = 1e-3 * float(np.median(abr[:, 2]))
-    frozen = _Frozen(problem, R_anchor, t_anchor, free_index, by_camera, starts, loss_px, floor)
-    return frozen, _State(R, t, 0.0, abr)
+    open_globals = np.flatnonzero([problem.focal_sigma > 0, problem.readout_sigma > 0])
+    frozen = _Frozen(problem, R_anchor, t_anchor, free_index, by_camera, starts, open_globals, loss_px, floor)
+    return frozen, _State(R, t, 0.0, problem.readout, abr)
 
 
 def _project(frozen: _Frozen, state: _State) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -140,13 +156,20 @@ def _project(frozen: _Frozen, state: _State) -> tuple[np.ndarray, np.ndarray, np
     q = np.einsum("mji,mj->mi", state.R[k], h)
     focal = problem.focal * np.exp(state.log_focal)
     z = np.maximum(q[:, 2:], _MIN_DEPTH)
-    residual = q[:, :2] / z * focal + problem.centre - problem.uv
+    residual = q[:, :2] / z * focal + problem.centre - problem.uv + state.readout * problem.shutter
     return q, focal, residual
 
 
 def _prior_residual(frozen: _Frozen, state: _State) -> np.ndarray:
     problem = frozen.problem
     return (state.abr[:, 2] / problem.prior_inverse_depth - 1.0) / problem.prior_sigma
+
+
+def _global_priors(frozen: _Frozen, state: _State) -> tuple[np.ndarray, np.ndarray]:
+    """Differences to the priors of the free camera parameters, and the priors' information."""
+    problem = frozen.problem
+    sigma = np.array([problem.focal_sigma, problem.readout_sigma])[frozen.open_globals]
+    return (state.camera_globals - np.array([0.0, problem.readout]))[frozen.open_globals], 1.0 / sigma**2
 
 
 def _loss(squared: np.ndarray, scale: float) -> np.ndarray:
@@ -158,14 +181,13 @@ def _cost(frozen: _Frozen, state: _State) -> float:
     squared = (residual**2).sum(axis=1) / frozen.problem.sigma_px**2
     squared = np.where(q[:, 2] > _MIN_DEPTH, squared, 1e6)
     cost = _loss(squared, frozen.loss_px).sum() + _loss(_prior_residual(frozen, state) ** 2, 1.0).sum()
-    if frozen.problem.focal_sigma > 0:
-        cost += (state.log_focal / frozen.problem.focal_sigma) ** 2
-    return float(cost)
+    difference, information = _global_priors(frozen, state)
+    return float(cost + information @ difference**2)
 
 
 @dataclass(frozen=True, eq=False)
 class _System:
-    H_cc: np.ndarray  # [C, C] cameras, then log focal when it is free
+    H_cc: np.ndarray  # [C, C] cameras, then the free ones of log focal and readout
     H_pp: np.ndarray  # [P, 3, 3]
     H_pc: np.ndarray  # [3, P, C]
     g_c: np.ndarray  # [C]
@@ -173,7 +195,7 @@ class _System:
 
 
 def _jacobians(frozen: _Frozen, state: _State) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Residuals [M, 2], J of camera [M, 2, 6], of point [M, 2, 3], of log focal [M, 2]; weights [M]."""
+    """Residuals [M, 2], J of camera [M, 2, 6], of point [M, 2, 3], of free camera parameters [M, 2, G]; weights [M]."""
     problem = frozen.problem
     q, focal, residual = _project(frozen, state)
     p, k = problem.point, problem.camera
@@ -190,18 +212,19 @@ def _jacobians(frozen: _Frozen, state: _State) -> tuple[np.ndarray, np.ndarray, 
     squared = (residual**2).sum(axis=1) / problem.sigma_px**2
     weight = 1.0 / (1.0 + squared / frozen.loss_px**2) / problem.sigma_px**2
     weight = np.where(q[:, 2] > _MIN_DEPTH, weight, 0.0)
-    return residual, J_camera, J_point, projected, weight
+    J_globals = np.stack([projected, problem.shutter], axis=2)[:, :, frozen.open_globals]
+    return residual, J_camera, J_point, J_globals, weight
 
 
 def _linearise(frozen: _Frozen, state: _State) -> _System:
     problem = frozen.problem
-    residual, J_camera, J_point, J_focal, weight = _jacobians(frozen, state)
+    residual, J_camera, J_point, J_globals, weight = _jacobians(frozen, state)
     root = np.sqrt(weight)[:, None]
-    residual, J_focal = residual * root, J_focal * root
-    J_camera, J_point = J_camera * root[..., None], J_point * root[..., None]
-    num_points, num_free = len(state.abr), len(frozen.by_camera)
-    has_focal = problem.focal_sigma > 0
-    size = 6 * num_free + has_focal
+    residual = residual * root
+    J_camera, J_point, J_globals = J_camera * root[..., None], J_point * root[..., None], J_globals * root[..., None]
+    num_points, num_free, num_globals = len(state.abr), len(frozen.by_camera), len(frozen.open_globals)
+    size = 6 * num_free + num_globals
+    tail = slice(6 * num_free, size)
     H_cc, g_c = np.zeros((size, size)), np.zeros(size)
     H_pc = np.zeros((3, num_points, size))
     for i, rows in enumerate(frozen.by_camera):
@@ -210,15 +233,17 @@ def _linearise(frozen: _Frozen, state: _State) -> _System:
         H_cc[block, block] = J.T @ J
         g_c[block] = J.T @ residual[rows].ravel()
         H_pc[:, problem.point[rows], block] = np.einsum("nip,nic->pnc", J_point[rows], J_camera[rows])
-        if has_focal:
-            H_cc[block, -1] = H_cc[-1, block] = J.T @ J_focal[rows].ravel()
+        H_cc[block, tail] = J.T @ J_globals[rows].reshape(2 * len(rows), num_globals)
     J_point_t = np.swapaxes(J_point, 1, 2)
     H_pp = _sum_by_point(frozen, J_point_t @ J_point)
     g_p = _sum_by_point(frozen, (J_point_t @ residual[..., None])[..., 0])
-    if has_focal:
-        H_cc[-1, -1] = (J_focal**2).sum() + 1.0 / problem.focal_sigma**2
-        g_c[-1] = (J_focal * residual).sum() + state.log_focal / problem.focal_sigma**2
-        H_pc[:, :, -1] = _sum_by_point(frozen, (J_point_t @ J_focal[..., None])[..., 0]).T
+    if num_globals:
+        J = J_globals.reshape(2 * len(J_globals), num_globals)
+        difference, information = _global_priors(frozen, state)
+        H_cc[tail, : 6 * num_free] = H_cc[: 6 * num_free, tail].T
+        H_cc[tail, tail] = J.T @ J + np.diag(information)
+        g_c[tail] = J.T @ residual.ravel() + information * difference
+        H_pc[:, :, tail] = np.moveaxis(_sum_by_point(frozen, J_point_t @ J_globals), 1, 0)
     prior = _prior_residual(frozen, state)
     prior_J = 1.0 / (problem.prior_inverse_depth * problem.prior_sigma)
     prior_weight = 1.0 / (1.0 + prior**2)
@@ -237,7 +262,7 @@ def _sum_by_point(frozen: _Frozen, values: np.ndarray) -> np.ndarray:
 
 
 def _step(frozen: _Frozen, system: _System, damping: float) -> tuple[np.ndarray, np.ndarray]:
-    """Update of cameras (and log focal) [C] and points [P, 3]."""
+    """Update of cameras and free camera parameters [C] and of points [P, 3]."""
     eye = np.eye(3)
     diagonal = np.einsum("pii->pi", system.H_pp)
     H_pp = system.H_pp + (diagonal * damping + 1e-12 * diagonal.max())[:, :, None] * eye
@@ -283,8 +308,10 @@ def _moved(frozen: _Frozen, state: _State, d_c: np.ndarray, d_p: np.ndarray) -> 
     R[free] = state.R[free] @ so3_exp(xi[:, 3:])
     abr = state.abr + d_p
     abr[:, 2] = np.maximum(abr[:, 2], frozen.min_inverse_depth)
-    log_focal = state.log_focal + (float(d_c[-1]) if frozen.problem.focal_sigma > 0 else 0.0)
-    return _State(R, t, float(np.clip(log_focal, -1.5, 1.5)), abr)
+    camera_globals = state.camera_globals
+    camera_globals[frozen.open_globals] += d_c[6 * num_free :]
+    log_focal, readout = np.clip(camera_globals, [-1.5, -_MAX_READOUT], [1.5, _MAX_READOUT])
+    return _State(R, t, float(log_focal), float(readout), abr)
 
 
 def _solution(frozen: _Frozen, state: _State, cost: float, iterations: int) -> Solution:
@@ -299,9 +326,11 @@ def _solution(frozen: _Frozen, state: _State, cost: float, iterations: int) -> S
     depth_sigma = np.sqrt(np.maximum(inverse[:, 2, 2], 0.0)) / state.abr[:, 2]
     T = np.tile(np.eye(4), (len(state.R), 1, 1))
     T[:, :3, :3], T[:, :3, 3] = state.R, state.t
-    focal_sigma = 0.0
-    if problem.focal_sigma > 0:
-        reduced, _ = _reduce(system, inverse)
-        covariance = np.linalg.pinv(reduced, hermitian=True)
-        focal_sigma = float(np.sqrt(max(covariance[-1, -1], 0.0)))
-    return Solution(T, focal, xyz, length, depth_sigma, focal_sigma, cost / len(problem.uv), iterations)
+    sigmas = np.zeros(2)
+    if len(frozen.open_globals):
+        covariance = np.linalg.pinv(_reduce(system, inverse)[0], hermitian=True)
+        sigmas[frozen.open_globals] = np.sqrt(np.maximum(np.diag(covariance)[-len(frozen.open_globals) :], 0.0))
+    return Solution(
+        T, focal, xyz, length, depth_sigma, float(sigmas[0]), state.readout, float(sigmas[1]),
+        cost / len(problem.uv), iterations,
+    )  # fmt: skip

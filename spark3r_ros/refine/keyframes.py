@@ -18,7 +18,9 @@ NETWORK_PRIOR_SIGMA = 0.3  # of an inverse depth from a network
 class Keyframe:
     id: int
     ids: np.ndarray  # [N] track numbers, ascending
-    uv: np.ndarray  # [N, 2] undistorted pixels
+    uv_read: np.ndarray  # [N, 2] undistorted pixels
+    shutter: np.ndarray  # [N, 2] px/s: what to subtract per second of the sensor's readout
+    readout: float = 0.0  # seconds
     T_world_camera: np.ndarray | None = None
     good: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # [N] not found to be an outlier
     prior_depth: np.ndarray = field(default_factory=lambda: np.zeros(0))  # [N] world scale; NaN where unknown
@@ -27,14 +29,21 @@ class Keyframe:
         self.good = np.ones(len(self.ids), bool)
         self.prior_depth = np.full(len(self.ids), np.nan)
 
-    def add(self, ids: np.ndarray, uv: np.ndarray) -> None:
+    @property
+    def uv(self) -> np.ndarray:
+        """Undistorted pixels [N, 2] as a sensor that reads all rows at once would have seen them."""
+        return self.uv_read - self.readout * self.shutter
+
+    def add(self, ids: np.ndarray, uv_read: np.ndarray, shutter: np.ndarray) -> None:
         """Observations that were recognised later."""
         fresh = ~np.isin(ids, self.ids)
+        count = int(fresh.sum())
         order = np.argsort(np.concatenate([self.ids, ids[fresh]]), kind="stable")
         self.ids = np.concatenate([self.ids, ids[fresh]])[order]
-        self.uv = np.concatenate([self.uv, uv[fresh]])[order]
-        self.good = np.concatenate([self.good, np.ones(int(fresh.sum()), bool)])[order]
-        self.prior_depth = np.concatenate([self.prior_depth, np.full(int(fresh.sum()), np.nan)])[order]
+        self.uv_read = np.concatenate([self.uv_read, uv_read[fresh]])[order]
+        self.shutter = np.concatenate([self.shutter, shutter[fresh]])[order]
+        self.good = np.concatenate([self.good, np.ones(count, bool)])[order]
+        self.prior_depth = np.concatenate([self.prior_depth, np.full(count, np.nan)])[order]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +67,7 @@ def assemble(
     K: np.ndarray,
     sigma_px: float,
     focal_sigma: float = 0.0,
+    readout_sigma: float = 0.0,
     max_points: int = 0,
 ) -> Assembled | None:
     """The points that at least two of the keyframes see, one of them free; None when there are fewer than eight.
@@ -68,10 +78,9 @@ def assemble(
     rows = [np.flatnonzero(k.good) for k in keyframes]
     ids = np.concatenate([k.ids[r] for k, r in zip(keyframes, rows)])
     camera = np.repeat(np.arange(len(keyframes)), [len(r) for r in rows])
-    uv = np.concatenate([k.uv[r] for k, r in zip(keyframes, rows)])
     observation = np.concatenate(rows)
     order = np.argsort(ids, kind="stable")
-    ids, camera, uv, observation = ids[order], camera[order], uv[order], observation[order]
+    ids, camera, observation = ids[order], camera[order], observation[order]
     unique, point, count = np.unique(ids, return_inverse=True, return_counts=True)
     wanted = (count >= 2) & (np.bincount(point, is_free[camera], len(unique)) > 0)
     if 0 < max_points < wanted.sum():
@@ -81,21 +90,38 @@ def assemble(
         return None
     keep = wanted[point]
     number = np.cumsum(wanted) - 1
-    camera, uv, observation, point = camera[keep], uv[keep], observation[keep], number[point[keep]]
+    order, camera, observation, point = order[keep], camera[keep], observation[keep], number[point[keep]]
+    uv_read = np.concatenate([k.uv_read[r] for k, r in zip(keyframes, rows)])[order]
+    shutter = np.concatenate([k.shutter[r] for k, r in zip(keyframes, rows)])[order]
+    readout = keyframes[0].readout
     unique = unique[wanted]
     starts = np.searchsorted(point, np.arange(len(unique)))
     anchor = camera[starts]
     prior, prior_sigma = inverse_depth_priors(keyframes, T_world_camera, table, anchor, observation[starts])
-    xy = normalised(uv, K)
+    xy = normalised(uv_read - readout * shutter, K)
     information = (sigma_px / K[0, 0] / prior / prior_sigma) ** 2
     inverse_depth, _ = first_inverse_depth(T_world_camera, xy, camera, point, anchor, xy[starts], prior, information)
     rays = np.concatenate([xy[starts], np.ones((len(starts), 1))], axis=1) / inverse_depth[:, None]
     xyz = np.einsum("pij,pj->pi", T_world_camera[anchor, :3, :3], rays) + T_world_camera[anchor, :3, 3]
     where, found = table.find(unique)
     xyz[found] = table.xyz[where[found]]
-    focal, sigma = np.array([K[0, 0], K[1, 1]]), np.full(len(uv), sigma_px)
     problem = Problem(
-        T_world_camera, is_free, focal, K[:2, 2], xyz, anchor, camera, point, uv, sigma, prior, prior_sigma, focal_sigma
+        T_world_camera=T_world_camera,
+        is_free=is_free,
+        focal=np.array([K[0, 0], K[1, 1]]),
+        centre=K[:2, 2],
+        xyz=xyz,
+        anchor=anchor,
+        camera=camera,
+        point=point,
+        uv=uv_read,
+        shutter=shutter,
+        sigma_px=np.full(len(uv_read), sigma_px),
+        prior_inverse_depth=prior,
+        prior_sigma=prior_sigma,
+        focal_sigma=focal_sigma,
+        readout=readout,
+        readout_sigma=readout_sigma,
     )
     return Assembled(problem, unique, tuple(keyframes), observation)
 
@@ -137,8 +163,8 @@ def write_back(assembled: Assembled, solution: Solution, table: LandmarkTable, g
     inlier = solution.residual_px < gate_px
     for k in np.flatnonzero(problem.is_free):
         assembled.keyframes[k].T_world_camera = solution.T_world_camera[k]
-    for k, keyframe in enumerate(assembled.keyframes):
-        bad = assembled.observation[(problem.camera == k) & ~inlier]
+    for number, keyframe in enumerate(assembled.keyframes):
+        bad = assembled.observation[(problem.camera == number) & ~inlier]
         keyframe.good[bad] = False
     support = np.bincount(problem.point, inlier, len(assembled.ids))
     usable = (support >= 2) & np.isfinite(solution.xyz).all(axis=1)

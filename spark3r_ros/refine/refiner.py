@@ -37,6 +37,9 @@ _GATE_PX = 3.0
 _DEFAULT_FOCAL = 0.85  # times the image width, when nothing is known
 _DEFAULT_FOCAL_SIGMA = 0.3  # of its logarithm
 _LOCKED_FOCAL_SIGMA = 0.003
+_READOUT_SIGMA = 0.02  # seconds: a sensor's readout time, before anything is known about it
+_LOCKED_READOUT_SIGMA = 0.001
+_MODEL_DOUBT = 3.0  # the adjustment's own sigma of a camera parameter is too good by this much: residuals correlate
 _LOCAL_FREE = 4  # keyframes that move when one is added
 _MAX_FIXED = 8  # older keyframes that hold them
 _MIN_SHARED = 15  # tracks that make two keyframes neighbours
@@ -84,8 +87,11 @@ class Refiner:
         focal = _DEFAULT_FOCAL * width
         guess = np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1.0]])
         self.K = guess if camera is None else camera.K.astype(float).copy()
+        self._height = height
         self._focal_sigma = _DEFAULT_FOCAL_SIGMA if camera is None else 0.0
+        self._readout, self._readout_sigma = 0.0, _READOUT_SIGMA
         self._keyframes: dict[int, Keyframe] = {}
+        self._motion: dict[int, np.ndarray] = {}  # [2, 3] of each keyframe, see Tracks
         self._table = LandmarkTable()
         self._windows = 0
 
@@ -112,7 +118,8 @@ class Refiner:
         if not self.is_initialised:
             return None
         self._hear(tracks)
-        uv = self._undistort(tracks.uv)
+        uv_read, shutter = self._read(tracks.uv, tracks.motion)
+        uv = uv_read - self._readout * shutter
         nearest = self._nearest_keyframe(tracks.ids)
         guess = T_guess if T_guess is not None else (nearest.T_world_camera if nearest is not None else None)
         if guess is None:
@@ -155,7 +162,8 @@ class Refiner:
             raise ValueError(f"keyframe ids must grow, got {keyframe_id} after {max(self._keyframes)}")
         pose = self.track(tracks, T_guess)
         self._hear(tracks)
-        keyframe = Keyframe(keyframe_id, tracks.ids, self._undistort(tracks.uv))
+        keyframe = Keyframe(keyframe_id, tracks.ids, *self._read(tracks.uv, tracks.motion), self._readout)
+        self._motion[keyframe_id] = tracks.motion
         self._keyframes[keyframe_id] = keyframe
         if pose is None:
             return None
@@ -208,7 +216,7 @@ class Refiner:
         self.K = start.K
         for keyframe, T in zip(window, start.T_world_camera):
             keyframe.T_world_camera = T
-        self._adjust(window[1:], window[:1], iterations=15, focal_sigma=self._focal_sigma)
+        self._adjust(window[1:], window[:1], iterations=15, calibrate=True)
         scale, known = self._scale_to(window, depths)
         if not known and T_network is not None:
             ours = np.stack([k.T_world_camera[:3, 3] for k in window if k.T_world_camera is not None])
@@ -244,7 +252,7 @@ class Refiner:
         if self._focal_sigma > 0:  # the focal length moves: nothing that was solved with another one may hold still
             posed = self._posed()
             before = self._typical_depth(posed[0])
-            solved = self._adjust(posed[1:], posed[:1], iterations=12, focal_sigma=self._focal_sigma)
+            solved = self._adjust(posed[1:], posed[:1], iterations=12, calibrate=True)
             T = posed[0].T_world_camera
             assert T is not None
             self._move_world(np.eye(4), before / self._typical_depth(posed[0]), T[:3, 3])
@@ -255,19 +263,24 @@ class Refiner:
         fixed = self._neighbours(posed)
         if len(fixed) < 2:
             fixed, posed = fixed + posed[: 2 - len(fixed)], posed[2 - len(fixed) :]
-        return self._adjust(posed, fixed, iterations=10)
+        return self._adjust(posed, fixed, iterations=10, calibrate=True)
 
     # Adjustment
 
     def _adjust(
-        self, free: list[Keyframe], fixed: list[Keyframe], iterations: int, focal_sigma: float = 0.0
+        self, free: list[Keyframe], fixed: list[Keyframe], iterations: int, calibrate: bool = False
     ) -> tuple[Assembled, Solution] | None:
-        """Adjust the free keyframes and all they see, drop outliers, adjust again, store."""
+        """Adjust the free keyframes and all they see, drop outliers, adjust again, store.
+
+        ``calibrate``: with what is not known yet about the camera.
+        """
+        focal_sigma = self._focal_sigma if calibrate else 0.0
+        readout_sigma = self._readout_sigma if calibrate and self._readout_sigma > _LOCKED_READOUT_SIGMA else 0.0
         members = sorted(free + fixed, key=lambda k: k.id)
         T = np.stack([k.T_world_camera for k in members if k.T_world_camera is not None])
         free_ids = {k.id for k in free}
         is_free = np.array([k.id in free_ids for k in members])
-        assembled = assemble(members, T, is_free, self._table, self.K, SIGMA_PX, focal_sigma)
+        assembled = assemble(members, T, is_free, self._table, self.K, SIGMA_PX, focal_sigma, readout_sigma)
         if assembled is None:
             return None
         solution = adjust(assembled.problem, iterations)
@@ -277,15 +290,21 @@ class Refiner:
             again = adjust(_restarted(cleaned, solution), max(2, iterations // 3))
             residual = np.full(len(inlier), np.inf)
             residual[inlier] = again.residual_px
-            solution = Solution(
-                again.T_world_camera, again.focal, again.xyz, residual, again.depth_sigma, again.focal_sigma,
-                again.cost, solution.iterations + again.iterations,
-            )  # fmt: skip
+            solution = replace(again, residual_px=residual)
         write_back(assembled, solution, self._table, _GATE_PX)
         if focal_sigma > 0:
             self.K = self.K.copy()
             self.K[[0, 1], [0, 1]] = solution.focal
+        if readout_sigma > 0:
+            self._learn_readout(solution)
         return assembled, solution
+
+    def _learn_readout(self, solution: Solution) -> None:
+        """The window's estimate is the next window's prior."""
+        self._readout = solution.readout
+        self._readout_sigma = min(self._readout_sigma, _MODEL_DOUBT * solution.readout_sigma)
+        for keyframe in self._keyframes.values():
+            keyframe.readout = self._readout
 
     def _extend(self, keyframes: Sequence[Keyframe]) -> None:
         """Give a first depth to points of these keyframes that have none; a lone observation gets its prior."""
@@ -325,7 +344,7 @@ class Refiner:
         depth = prior.depth.astype(np.float32)
         known = np.isfinite(depth) & (depth > 0)
         grid = uv.astype(np.float32).reshape(-1, 1, 2)
-        values = cv2.remap(np.where(known, depth, 0), grid, None, cv2.INTER_NEAREST, borderValue=(0,)).ravel()
+        values = cv2.remap(np.where(known, depth, 0), grid, np.zeros(0), cv2.INTER_NEAREST, borderValue=0.0).ravel()
         return np.where(values > 0, values, np.nan).astype(float)
 
     def _depth_ratio(self, keyframe: Keyframe, prior: DepthPrior) -> float | None:
@@ -353,12 +372,15 @@ class Refiner:
         for late in tracks.late:
             keyframe = self._keyframes.get(late.keyframe_id)
             if keyframe is not None and not np.isin(late.ids, keyframe.ids).all():
-                keyframe.add(late.ids, self._undistort(late.uv))
+                keyframe.add(late.ids, *self._read(late.uv, self._motion[keyframe.id]))
                 if keyframe.T_world_camera is not None:
                     self._extend([keyframe])
 
-    def _undistort(self, uv: np.ndarray) -> np.ndarray:
-        return uv.astype(float) if self._camera is None else undistort_points(self._camera, uv)
+    def _read(self, uv: np.ndarray, motion: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Undistorted pixels [N, 2] as read, and what a second of readout moved them [N, 2]."""
+        late = uv[:, 1:] / self._height - 0.5
+        shutter = late * (uv @ motion[:, :2].T + motion[:, 2])
+        return (uv.astype(float) if self._camera is None else undistort_points(self._camera, uv)), shutter
 
     def _posed(self) -> list[Keyframe]:
         return [k for k in self._keyframes.values() if k.T_world_camera is not None]
@@ -383,7 +405,7 @@ class Refiner:
         if excess <= 0:
             return
         for keyframe_id in sorted(self._keyframes)[:excess]:
-            del self._keyframes[keyframe_id]
+            del self._keyframes[keyframe_id], self._motion[keyframe_id]
         seen = np.unique(np.concatenate([k.ids for k in self._keyframes.values()]))
         self._table.select(np.isin(self._table.ids, seen))
 
@@ -429,7 +451,12 @@ class Refiner:
 
 
 def _restarted(problem: Problem, solution: Solution) -> Problem:
-    return replace(problem, T_world_camera=solution.T_world_camera, focal=solution.focal, xyz=solution.xyz)
+    return replace(
+        problem,
+        T_world_camera=solution.T_world_camera,
+        focal=solution.focal,
+        xyz=solution.xyz,
+    )
 
 
 def _parallax(assembled: Assembled, solution: Solution) -> float:
