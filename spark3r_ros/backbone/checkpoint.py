@@ -9,7 +9,7 @@ import logging
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,23 +141,27 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) ->
         CheckpointError: missing, unknown, misshapen or non-finite tensors, all listed.
     """
     expected = model.state_dict()
-    wrong = [f"missing {key}" for key in expected.keys() - state.keys()]
-    wrong += [f"unknown {key}" for key in state.keys() - expected.keys()]
-    for key in expected.keys() & state.keys():
-        have, want = tuple(state[key].shape), tuple(expected[key].shape)
-        if have != want:
-            wrong.append(f"{key} has shape {list(have)} instead of {list(want)}")
-        elif not torch.isfinite(state[key]).all():
-            wrong.append(f"{key} holds values that are not finite")
-    if wrong:
+    shapes = {key: (list(state[key].shape), list(expected[key].shape)) for key in expected.keys() & state.keys()}
+    wrong = {
+        "unknown": sorted(state.keys() - expected.keys()),
+        "missing": sorted(expected.keys() - state.keys()),
+        "misshapen": sorted(f"{key} has shape {a} instead of {b}" for key, (a, b) in shapes.items() if a != b),
+    }
+    if not any(wrong.values()):
+        wrong["not finite"] = sorted(key for key in state if not torch.isfinite(state[key]).all())
+    if any(wrong.values()):
         raise CheckpointError(f"{source} does not fit: {_listed(wrong)}")
     model.load_state_dict({k: v.float() for k, v in state.items()}, strict=True, assign=True)
 
 
-def _listed(lines: Iterable[str], limit: int = 20) -> str:
-    lines = sorted(lines)
-    more = f" and {len(lines) - limit} more" if len(lines) > limit else ""
-    return "; ".join(lines[:limit]) + more
+def _listed(wrong: Mapping[str, list[str]], limit: int = 10) -> str:
+    """``2 unknown: a, b; 14 missing: c, d, ...``"""
+    parts = []
+    for kind, lines in wrong.items():
+        if lines:
+            more = ", ..." if len(lines) > limit else ""
+            parts.append(f"{len(lines)} {kind}: {', '.join(lines[:limit])}{more}")
+    return "; ".join(parts)
 
 
 def special_tokens(*names: str) -> Callable[[State], State]:

@@ -119,17 +119,23 @@ def test_all_differences_are_listed(state):
     wrong = dict(state)
     wrong["embed.0.bias"] = wrong["embed.0.bias"][:3]
     wrong["somebody.else"] = torch.zeros(1)
-    wrong["trunk.blocks.0.norm1.weight"] = torch.full_like(wrong["trunk.blocks.0.norm1.weight"], float("nan"))
     del wrong["trunk.blocks.1.norm1.weight"]
     with pytest.raises(CheckpointError) as error:
         load_backbone("nano", wrong)
     for part in (
         "embed.0.bias has shape [3] instead of",
-        "unknown somebody.else",
-        "missing trunk.blocks.1.norm1.weight",
-        "trunk.blocks.0.norm1.weight holds values that are not finite",
+        "1 unknown: somebody.else",
+        "1 missing: trunk.blocks.1.norm1.weight",
     ):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(state, value):
+    name = "trunk.blocks.0.norm1.weight"
+    wrong = {**state, name: torch.full_like(state[name], value)}
+    with pytest.raises(CheckpointError, match=f"1 not finite: {name}"):
+        load_backbone("nano", wrong)
 
 
 def test_weights_of_another_model_are_named(state):
