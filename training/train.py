@@ -45,7 +45,7 @@ class TrainConfig:
     warm_up: int = 200
     weight_decay: float = 0.01
     clip: float = 3.0
-    mean_decay: float = 0.998
+    mean_decay: float = 0.995
     solve_from: int = 0  # step from which poses are also trained through the second solve
     known_k: float = 0.75  # share of the steps with known K
 
