@@ -19,6 +19,8 @@ from spark3r_ros.ros import optional, stamps
 
 def decode_image(msg: Image) -> np.ndarray:
     """A raw image as [H, W, 3] uint8 RGB. Raises ImageError; unknown encodings are tried with cv_bridge first."""
+    if msg.encoding == "rgb8" and msg.step == 3 * msg.width and len(msg.data) == msg.step * msg.height > 0:
+        return np.frombuffer(msg.data, np.uint8).reshape(msg.height, msg.width, 3)  # the message is ours: no copy
     if msg.encoding not in encodings.ENCODINGS:
         other = optional.decode_with_cv_bridge(msg)
         if other is not None:
@@ -59,11 +61,18 @@ def _matrix(quat_xyzw: tuple[float, ...], translation: tuple[float, ...]) -> np.
 
 
 def transform_message(parent: str, child: str, stamp_ns: int, T_parent_child: np.ndarray) -> TransformStamped:
-    msg = TransformStamped(header=Header(stamp=stamps.to_msg(stamp_ns), frame_id=parent), child_frame_id=child)
-    t = msg.transform.translation
+    msg = TransformStamped()
+    set_transform(msg, parent, child, stamp_ns, T_parent_child)
+    return msg
+
+
+def set_transform(msg: TransformStamped, parent: str, child: str, stamp_ns: int, T_parent_child: np.ndarray) -> None:
+    """As transform_message, into a message that is used again: making one costs more than filling it."""
+    header, t = msg.header, msg.transform.translation
+    header.frame_id, msg.child_frame_id = parent, child
+    header.stamp.sec, header.stamp.nanosec = divmod(stamp_ns, stamps.NS_PER_S)
     t.x, t.y, t.z = T_parent_child[:3, 3].tolist()
     _set_quaternion(msg.transform.rotation, T_parent_child)
-    return msg
 
 
 def set_pose(pose: Pose, T: np.ndarray) -> None:

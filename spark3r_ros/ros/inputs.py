@@ -42,17 +42,6 @@ class Taken:
     frame_id: str
 
 
-class Gate(MutuallyExclusiveCallbackGroup):
-    """A callback group that takes no message while ``is_open`` says no: the middleware keeps it, and the publisher."""
-
-    def __init__(self, is_open: Callable[[], bool]):
-        super().__init__()
-        self._is_open = is_open
-
-    def can_execute(self, entity: Any) -> bool:
-        return self._is_open() and super().can_execute(entity)
-
-
 class ImageInput:
     """The image subscription: reliability that follows the publishers, checks of stamp and frame, counting.
 
@@ -76,7 +65,7 @@ class ImageInput:
         self._take = take
         self._time_went_back = time_went_back
         keep_all = config.drop_policy == "never"
-        self._group: CallbackGroup = Gate(has_room if keep_all else lambda: True)
+        self._group = qos.Gate(has_room) if keep_all else MutuallyExclusiveCallbackGroup()
         self._keep_all = keep_all
         self._subscription: Subscription | None = None
         self.reliability = ReliabilityPolicy.RELIABLE
@@ -260,7 +249,9 @@ class Companions:
     def _listen(
         self, kind: type, topic: str, callback: Callable[[Any], None], profile: QoSProfile = qos.SENSOR
     ) -> None:
-        subscription = self._node.create_subscription(kind, topic, callback, profile, callback_group=self._group)
+        subscription = self._node.create_subscription(
+            kind, topic, callback, profile, callback_group=self._group, event_callbacks=qos.NO_EVENTS
+        )
         self._subscriptions.append(subscription)
 
     def _on_camera_info(self, msg: CameraInfo) -> None:

@@ -26,22 +26,23 @@ from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackRet
 from rclpy.parameter import Parameter
 from rclpy.publisher import Publisher
 from rclpy.task import Future
+from rclpy.timer import Timer
 from std_srvs.srv import Trigger
 
 from spark3r_ros.config import Config
 from spark3r_ros.encodings import ImageError
 from spark3r_ros.frame import Frame
 from spark3r_ros.preprocess import FrameError
-from spark3r_ros.ros import diagnostics, interface, parameters
+from spark3r_ros.ros import diagnostics, interface, parameters, qos
 from spark3r_ros.ros.inputs import JUMP_BACK_NS, Companions, ImageInput, Taken
 from spark3r_ros.ros.outputs import Outputs, load_place
 from spark3r_ros.ros.tf import Transforms
+from spark3r_ros.ros.tf_output import RESEND_S
 from spark3r_ros.ros.worker import Worker
 
 if TYPE_CHECKING:
     from spark3r_ros.reconstructor import Reconstructor
 
-_TF_PERIOD_S = 0.05
 _QUIET_S = 5.0  # between two log lines of the same kind
 _SKEW_S = 10.0  # images this far from the node's clock are of another time
 _NEW_SIZE_FRAMES = 10  # refused in a row before a changed image size is taken for a new camera mode
@@ -106,8 +107,11 @@ class Spark3rNode(LifecycleNode):
         self._outputs = Outputs(self, config, self.stats, self._transforms, self._companions)
         self._entities.append(self._outputs.destroy)
         kind = next(o for o in interface.OUTPUTS if o.topic == "/diagnostics")
-        self._diagnostics: Publisher = self.create_publisher(kind.kind, kind.topic, kind.profile)
+        self._diagnostics: Publisher = self.create_publisher(
+            kind.kind, kind.topic, kind.profile, event_callbacks=qos.NO_PUBLISHER_EVENTS
+        )
         self._entities.append(lambda: self.destroy_publisher(self._diagnostics))
+        self._tf_timer: Timer | None = None
         self._details: dict[str, Any] = {}
         self._detail_job: WorkerFuture[Any] | None = None
         self._image_size: tuple[int, ...] | None = None
@@ -120,7 +124,7 @@ class Spark3rNode(LifecycleNode):
         steady = Clock(clock_type=ClockType.STEADY_TIME)  # a silent /clock must not silence the warnings
         self._timer(1.0, self._tick, steady)
         if config.tf_mode in ("odom_to_base", "map_to_odom"):
-            self._timer(_TF_PERIOD_S, self._outputs.resend_map_to_odom, self.get_clock())
+            self._tf_timer = self._timer(RESEND_S, self._outputs.tf.resend, self.get_clock())
         threshold = JumpThreshold(min_forward=None, min_backward=Duration(nanoseconds=-1), on_clock_change=False)
         jumps = self.get_clock().create_jump_callback(threshold, post_callback=self._on_clock_jump)
         self._entities.append(jumps.unregister)
@@ -185,13 +189,17 @@ class Spark3rNode(LifecycleNode):
     def _stop_worker(self) -> None:
         self.stats.frame_dropped("restart", self._worker.stop())
 
-    def _timer(self, period_s: float, callback: Callable[[], None], clock: Clock) -> None:
+    def _timer(self, period_s: float, callback: Callable[[], None], clock: Clock) -> Timer:
         timer = self.create_timer(period_s, callback, callback_group=self._executor_group, clock=clock)
         self._entities.append(lambda: self.destroy_timer(timer))
+        return timer
 
     # ---- frames ----------------------------------------------------------------------------------------------------
 
     def _take(self, taken: Taken) -> None:
+        if self._tf_timer is not None:  # it fires between slow images only: a wake-up costs more than a transform
+            self._outputs.tf.image_arrived(taken.stamp_ns)
+            self._tf_timer.reset()
         dropped = self._worker.offer(taken)
         if dropped is not None:
             self.stats.frame_dropped("queue_full", stamp_ns=dropped.stamp_ns)
@@ -398,7 +406,8 @@ class Spark3rNode(LifecycleNode):
             return SetParametersResult(successful=False, reason=str(error))
         self.config, self.node_config = config, node_config
         if self._entities:
-            self._companions.config = self._images.config = self._outputs.config = node_config
+            for part in (self._companions, self._images, self._outputs, self._outputs.tf):
+                part.config = node_config
             self._worker.call(lambda: self._reconfigure(config))
         return SetParametersResult(successful=True)
 

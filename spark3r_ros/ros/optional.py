@@ -56,14 +56,15 @@ def quaternion(R: np.ndarray) -> np.ndarray:
     """As geometry.quat_xyzw_from_matrix for a single matrix, in plain floats: a hundred times faster per message."""
     (a, b, c), (d, e, f), (g, h, i) = R.tolist()
     if a + e + i > 0:
-        q = (h - f, c - g, d - b, 1 + a + e + i)
+        x, y, z, w = h - f, c - g, d - b, 1 + a + e + i
     elif a > e and a > i:
-        q = (1 + a - e - i, b + d, c + g, h - f)
+        x, y, z, w = 1 + a - e - i, b + d, c + g, h - f
     elif e > i:
-        q = (b + d, 1 + e - a - i, f + h, c - g)
+        x, y, z, w = b + d, 1 + e - a - i, f + h, c - g
     else:
-        q = (c + g, f + h, 1 + i - a - e, d - b)
-    return np.array(q) / math.sqrt(sum(x * x for x in q))
+        x, y, z, w = c + g, f + h, 1 + i - a - e, d - b
+    norm = math.sqrt(x * x + y * y + z * z + w * w)
+    return np.array((x / norm, y / norm, z / norm, w / norm))
 
 
 def matrix_from_quat_xyzw(quat_xyzw: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ Nothing is built that nobody listens to. Odometry and transforms are sent for ev
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -12,22 +13,22 @@ from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from geometry_msgs.msg import Point, TransformStamped
+from geometry_msgs.msg import Point
 from nav_msgs.msg import Odometry
 from rclpy.node import Node
 from rclpy.publisher import Publisher
 from std_msgs.msg import ColorRGBA
-from tf2_msgs.msg import TFMessage
 from visualization_msgs.msg import Marker, MarkerArray
 
 from spark3r_ros import geometry
 from spark3r_ros.config import NodeConfig
 from spark3r_ros.frame import DepthImage, FramePose, PointBatch, TrackingState, Update
-from spark3r_ros.ros import conversions, interface, stamps
+from spark3r_ros.ros import conversions, interface, qos, stamps
 from spark3r_ros.ros.diagnostics import Statistics
 from spark3r_ros.ros.inputs import Companions
-from spark3r_ros.ros.placement import HUGE_VARIANCE, Placement, TwistEstimator, covariance_in_parent
+from spark3r_ros.ros.placement import UNKNOWN, Placement, TwistEstimator, covariance_in_parent
 from spark3r_ros.ros.tf import TransformError, Transforms
+from spark3r_ros.ros.tf_output import TransformOutput
 
 if TYPE_CHECKING:
     from spark3r_ros.reconstructor import Reconstructor
@@ -47,10 +48,11 @@ class Outputs:
         self._transforms = transforms
         self._companions = companions
         self._publishers: dict[str, Publisher] = {
-            o.topic: node.create_publisher(o.kind, o.topic, o.profile)
+            o.topic: node.create_publisher(o.kind, o.topic, o.profile, event_callbacks=qos.NO_PUBLISHER_EVENTS)
             for o in interface.OUTPUTS
             if o.topic != "/diagnostics"
         }
+        self.tf = TransformOutput(node, config, self._publishers["/tf"])
         self._odometry = Odometry()
         self._cloud, self._map_cloud = conversions.CloudWriter(), conversions.CloudWriter()
         self._may_check_parents = True
@@ -69,9 +71,9 @@ class Outputs:
         self._pending_since = 0.0
         self._twist = TwistEstimator()
         self._T_camera_body = np.eye(4)
+        self._T_body_camera = np.eye(4)
         self._mount_is_static = False
-        self._T_map_odom: np.ndarray | None = None  # what is published, ROS frames
-        self._newest: tuple[int, int] | None = None  # stamp of the newest pose and the node's clock then
+        self.tf.restart()
         self._changed_since = {"~/path": True, "~/keyframes": True, "~/map": True}
         self._map_sent = -float("inf")
         self.problem = ""
@@ -119,9 +121,7 @@ class Outputs:
         place = self._placement
         assert place is not None
         for pose in update.poses:
-            self._send_pose(place, pose, is_metric=update.scale.is_metric)
-        if self.config.tf_mode == "odom_to_base":
-            self._set_map_to_odom(place.T_map_odom(update.T_map_odom))
+            self._send_pose(place, pose, update)
         if update.window is not None:
             self._stats.windows += 1
             self._stats.window = update.window
@@ -134,79 +134,50 @@ class Outputs:
 
     # ---- poses -----------------------------------------------------------------------------------------------------
 
-    def _send_pose(self, place: Placement, pose: FramePose, *, is_metric: bool) -> None:
-        self._T_camera_body = self._T_camera_body_at(place, pose.stamp_ns)
+    def _send_pose(self, place: Placement, pose: FramePose, update: Update) -> None:
+        self._follow_mount(place, pose.stamp_ns)
         T_odom_body = place.T_odom_camera(pose) @ self._T_camera_body
         T_map_body = place.T_map_camera(pose) @ self._T_camera_body
         is_lost = pose.state is TrackingState.LOST
         in_map = self.config.tf_mode in ("map_to_odom", "map_to_camera")
         T_parent_body = T_map_body if in_map else T_odom_body
-        covariance = np.eye(6) * HUGE_VARIANCE
-        if not is_lost:
-            covariance = covariance_in_parent(pose.covariance, self._T_camera_body, T_parent_body)
+        covariance = covariance_in_parent(pose.covariance, self._T_body_camera, T_parent_body)
         twist, twist_covariance = self._twist.update(pose.stamp_ns, T_odom_body, covariance)
         if is_lost:
-            twist_covariance = covariance
+            covariance = twist_covariance = UNKNOWN
         msg = self._odometry
-        msg.header.stamp = stamps.to_msg(pose.stamp_ns)
+        msg.header.stamp.sec, msg.header.stamp.nanosec = divmod(pose.stamp_ns, stamps.NS_PER_S)
         msg.header.frame_id = self.config.map_frame if in_map else self.config.odom_frame
         msg.child_frame_id = place.body
         conversions.set_odometry(msg, T_parent_body, covariance, twist, twist_covariance)
         self._publishers["~/odometry"].publish(msg)
-        self._newest = (pose.stamp_ns, self._node.get_clock().now().nanoseconds)
         self._stats.pose_sent(pose.stamp_ns)
         if not is_lost:
-            self._send_transforms(place, pose, T_odom_body, T_map_body, is_metric=is_metric)
+            self._send_transforms(place, pose, T_odom_body, T_map_body, update)
 
     def _send_transforms(
-        self, place: Placement, pose: FramePose, T_odom_body: np.ndarray, T_map_body: np.ndarray, *, is_metric: bool
+        self, place: Placement, pose: FramePose, T_odom_body: np.ndarray, T_map_body: np.ndarray, update: Update
     ) -> None:
         config, mode = self.config, self.config.tf_mode
         if self.problem or mode == "off":
             return
         if mode == "odom_to_base":
-            self._send_tf(self._transform(config.odom_frame, place.body, pose.stamp_ns, T_odom_body))
+            self.tf.set_map_to_odom(place.T_map_odom(update.T_map_odom), pose.stamp_ns)
+            self.tf.send(config.odom_frame, place.body, pose.stamp_ns, T_odom_body)
         elif mode == "map_to_camera":
-            self._send_tf(self._transform(config.map_frame, place.camera, pose.stamp_ns, place.T_map_camera(pose)))
-        elif is_metric:  # map_to_odom; in model units the robot's odometry cannot be compared
+            self.tf.send(config.map_frame, place.camera, pose.stamp_ns, place.T_map_camera(pose))
+        elif update.scale.is_metric:  # map_to_odom; in model units the robot's odometry cannot be compared
             T_odom_base = self._companions.T_odom_base(pose.stamp_ns)
             if T_odom_base is not None:
-                self._set_map_to_odom(T_map_body @ geometry.inverse(T_odom_base))
+                self.tf.set_map_to_odom(T_map_body @ geometry.inverse(T_odom_base), pose.stamp_ns)
 
-    def _set_map_to_odom(self, T_map_odom: np.ndarray) -> None:
-        first, self._T_map_odom = self._T_map_odom is None, T_map_odom
-        if first and self._newest is not None:
-            self._send_map_to_odom(self._newest[0])
-
-    def resend_map_to_odom(self) -> None:
-        """Called at 20 Hz by the executor: map -> odom, dated transform_tolerance after the newest image's time."""
-        if self._newest is None:
-            return
-        stamp_ns, clock_ns = self._newest
-        elapsed_ns = max(self._node.get_clock().now().nanoseconds - clock_ns, 0)
-        self._send_map_to_odom(stamp_ns + elapsed_ns + int(self.config.transform_tolerance * stamps.NS_PER_S))
-
-    def _send_map_to_odom(self, stamp_ns: int) -> None:
-        T_map_odom = self._T_map_odom
-        if T_map_odom is not None and not self.problem:
-            self._send_tf(self._transform(self.config.map_frame, self.config.odom_frame, stamp_ns, T_map_odom))
-
-    def _transform(self, parent: str, child: str, stamp_ns: int, T_parent_child: np.ndarray) -> TransformStamped:
-        if self.config.invert_tf:
-            return conversions.transform_message(child, parent, stamp_ns, geometry.inverse(T_parent_child))
-        return conversions.transform_message(parent, child, stamp_ns, T_parent_child)
-
-    def _send_tf(self, transform: TransformStamped) -> None:
-        self._publishers["/tf"].publish(TFMessage(transforms=[transform]))
-
-    def _T_camera_body_at(self, place: Placement, stamp_ns: int) -> np.ndarray:
-        """The camera may move on the robot (pan and tilt); when its place is late, the last one counts."""
+    def _follow_mount(self, place: Placement, stamp_ns: int) -> None:
+        """The camera may move on the robot (pan and tilt); while its place is late, the last one counts."""
         if place.body == place.camera or self._mount_is_static:
-            return self._T_camera_body
-        try:
-            return self._transforms.lookup(place.camera, place.body, stamp_ns)
-        except TransformError:
-            return self._T_camera_body
+            return
+        with contextlib.suppress(TransformError):
+            self._T_body_camera = self._transforms.lookup(place.body, place.camera, stamp_ns)
+            self._T_camera_body = geometry.inverse(self._T_body_camera)
 
     # ---- the place of the reconstruction ---------------------------------------------------------------------------
 
@@ -231,11 +202,10 @@ class Outputs:
             np.eye(4) if T_map_base is None else T_map_base, self._known_T_map_world,
         )  # fmt: skip
         if T_base_camera is not None and base:
-            self._T_camera_body = geometry.inverse(T_base_camera)
+            self._T_body_camera, self._T_camera_body = T_base_camera, geometry.inverse(T_base_camera)
             self._mount_is_static = self._transforms.is_static(base, camera)
         if config.tf_mode == "map_to_odom" and not self.problem:
-            self._newest = (pose.stamp_ns, self._node.get_clock().now().nanoseconds)
-            self._set_map_to_odom(np.eye(4))
+            self.tf.set_map_to_odom(np.eye(4), pose.stamp_ns)
         return True
 
     def _mount(self, base: str, camera: str, stamp_ns: int) -> np.ndarray | None:

@@ -7,17 +7,20 @@ the robot's base was at the first image, or, without a base, a camera that looks
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from spark3r_ros import geometry
 from spark3r_ros.frame import FramePose
+from spark3r_ros.ros import optional
 
 # Body axes (x ahead, y left, z up) from optical axes (x right, y down, z ahead), REP-103.
 T_BODY_OPTICAL = geometry.make_T(np.array([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]]), np.zeros(3))
 
 HUGE_VARIANCE = 1e6  # (1 km)^2, (1000 rad)^2: says "unknown" to every filter
+UNKNOWN = np.eye(6) * HUGE_VARIANCE
 _TWIST_FLOOR = 1e-6  # variance of a step between two frames: 1 mm, 0.06 degrees
 _LONGEST_STEP_S = 1.0
 
@@ -29,6 +32,7 @@ class Placement:
     camera: str  # optical frame
     body: str  # whose pose is published: base_frame, or the camera itself when there is no base
     T_odom_start: np.ndarray
+    T_start_odom: np.ndarray
     T_map_world: np.ndarray
 
     @classmethod
@@ -46,7 +50,8 @@ class Placement:
         T_odom_start = T_level_camera @ geometry.inverse(pose.T_odom_camera)
         if T_map_world is None:
             T_map_world = T_map_base @ T_level_camera @ geometry.inverse(pose.T_map_camera)
-        return cls(camera, camera if base is None or T_base_camera is None else base, T_odom_start, T_map_world)
+        body = camera if base is None or T_base_camera is None else base
+        return cls(camera, body, T_odom_start, geometry.inverse(T_odom_start), T_map_world)
 
     def T_odom_camera(self, pose: FramePose) -> np.ndarray:
         return self.T_odom_start @ pose.T_odom_camera
@@ -55,20 +60,21 @@ class Placement:
         return self.T_map_world @ pose.T_map_camera
 
     def T_map_odom(self, T_world_start: np.ndarray) -> np.ndarray:
-        return self.T_map_world @ T_world_start @ geometry.inverse(self.T_odom_start)
+        return self.T_map_world @ T_world_start @ self.T_start_odom
 
 
-def covariance_in_parent(covariance: np.ndarray, T_camera_body: np.ndarray, T_parent_body: np.ndarray) -> np.ndarray:
+def covariance_in_parent(covariance: np.ndarray, T_body_camera: np.ndarray, T_parent_body: np.ndarray) -> np.ndarray:
     """[6, 6] of the camera's pose in its own axes to that of the body's pose about the parent's axes.
 
     A small motion (dt, dw) of the camera, given in the camera's axes, moves a body that is rigidly attached to it by
     the adjoint of T_body_camera, given in the body's axes; nav_msgs/Odometry wants fixed axes of the parent.
     """
-    T_body_camera = geometry.inverse(T_camera_body)
-    R, t = T_body_camera[:3, :3], T_body_camera[:3, 3]
+    x, y, z = T_body_camera[:3, 3].tolist()
+    R_parent_camera = T_parent_body[:3, :3] @ T_body_camera[:3, :3]
     adjoint = np.zeros((6, 6))
-    adjoint[:3, :3] = adjoint[3:, 3:] = T_parent_body[:3, :3] @ R
-    adjoint[:3, 3:] = T_parent_body[:3, :3] @ geometry.hat(t) @ R
+    adjoint[:3, :3] = adjoint[3:, 3:] = R_parent_camera
+    lever = T_parent_body[:3, :3] @ np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])  # [t]x of T_body_camera
+    adjoint[:3, 3:] = lever @ T_body_camera[:3, :3]
     out = adjoint @ covariance @ adjoint.T
     return 0.5 * (out + out.T)
 
@@ -88,12 +94,24 @@ class TwistEstimator:
         last, self._last = self._last, (stamp_ns, T_odom_body, covariance)
         seconds = 0.0 if last is None else 1e-9 * (stamp_ns - last[0])
         if last is None or not 0.0 < seconds <= _LONGEST_STEP_S:
-            return np.zeros(6), np.eye(6) * HUGE_VARIANCE
-        T_step = geometry.inverse(last[1]) @ T_odom_body
-        twist = np.concatenate([T_step[:3, 3], geometry.so3_log(T_step[:3, :3])]) / seconds
-        grown = np.array([np.trace(c[b, b]) / 3 for c in (covariance, last[2]) for b in (_XYZ, _RPY)])
-        step = np.maximum(grown[:2] - grown[2:], _TWIST_FLOOR)
-        return twist, np.diag(np.minimum(np.repeat(step, 3) / seconds**2, HUGE_VARIANCE))
+            return np.zeros(6), UNKNOWN
+        R_last_odom = last[1][:3, :3].T
+        step = R_last_odom @ (T_odom_body[:3, 3] - last[1][:3, 3])
+        turn = rotation_vector(R_last_odom @ T_odom_body[:3, :3])
+        grown = (covariance.diagonal() - last[2].diagonal()).tolist()
+        out = np.zeros((6, 6))
+        for block in (0, 3):
+            variance = max(sum(grown[block : block + 3]) / 3, _TWIST_FLOOR) / seconds**2
+            out[block, block] = out[block + 1, block + 1] = out[block + 2, block + 2] = min(variance, HUGE_VARIANCE)
+        return np.concatenate([step, turn]) / seconds, out
 
 
-_XYZ, _RPY = slice(0, 3), slice(3, 6)
+def rotation_vector(R: np.ndarray) -> np.ndarray:
+    """As geometry.so3_log for a single matrix, in plain floats."""
+    x, y, z, w = optional.quaternion(R).tolist()
+    sin_half = math.sqrt(x * x + y * y + z * z)
+    if sin_half < 1e-12:
+        return np.zeros(3)
+    angle = 2 * math.atan2(sin_half, abs(w))
+    factor = math.copysign(angle / sin_half, w)
+    return np.array([factor * x, factor * y, factor * z])

@@ -208,7 +208,7 @@ class Transforms:
 
     def _listen(self, topic: str, profile: QoSProfile, callback: Callable[[TFMessage], None]) -> None:
         self._subscriptions[topic] = self._node.create_subscription(
-            TFMessage, topic, callback, profile, callback_group=self._group
+            TFMessage, topic, callback, profile, callback_group=self._group, event_callbacks=qos.NO_EVENTS
         )
 
     def _on_static(self, msg: TFMessage) -> None:

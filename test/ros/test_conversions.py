@@ -137,7 +137,7 @@ def test_covariance_follows_a_rigidly_attached_body():
     translation = moved[:, :3, 3] - T_parent_body[:3, 3]
     rotation = geometry.so3_log(moved[:, :3, :3] @ T_parent_body[:3, :3].T)
     expected = np.cov(np.hstack([translation, rotation]).T)
-    got = placement.covariance_in_parent(covariance, T_camera_body, T_parent_body)
+    got = placement.covariance_in_parent(covariance, geometry.inverse(T_camera_body), T_parent_body)
     np.testing.assert_allclose(got, expected, atol=0.05 * np.abs(expected).max())
 
 
@@ -218,6 +218,7 @@ def test_the_quick_quaternion_equals_the_plain_one():
     rng = np.random.default_rng(0)
     turns = [*geometry.so3_exp(rng.normal(size=(300, 3)) * 2), *geometry.so3_exp(np.pi * np.eye(3)), np.eye(3)]
     for R in turns:
+        np.testing.assert_allclose(placement.rotation_vector(R), geometry.so3_log(R), atol=1e-9)
         own, plain = optional.quaternion(R), geometry.quat_xyzw_from_matrix(R)
         np.testing.assert_allclose(own * np.sign(own @ plain), plain, atol=1e-12)
 
