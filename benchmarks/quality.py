@@ -5,8 +5,8 @@
     python -m benchmarks.quality --real shared/data/tum_fr3_office --frames 100
 
 Held-out scenes are rendered here, from seeds that neither training nor the probe uses. Errors are against the true
-poses and depths: ``direction`` and ``rotation`` of the step from frame to frame (degrees), ``ATE`` after a similarity in
-shares of the path, ``AbsRel`` depth after one scale per sequence. ``pose change`` (radians plus shares of the scene's
+poses and depths: ``direction`` and ``rotation`` of the step from frame to frame (degrees), ``ATE`` after a similarity
+in shares of the path, ``AbsRel`` depth after one scale per sequence. ``pose change`` (radians plus shares of the scene's
 extent) and ``point change`` (shares of the extent) are against the dense pass: they resolve differences far below the
 model's own error. Prints tables, writes a plot, last line JSON.
 """

@@ -8,6 +8,8 @@ on a machine shared with others these repeat, seconds on the wall do not; both a
 would take longer than ``--compose-above`` seconds runs two global layers of each kind that it has and four frame
 blocks at full length; the sum over all layers is composed from these, and marked with a *.
 
+``spark3r shared`` lets four neighbouring global layers share one matching of queries.
+
 Memory is the peak resident set during the pass less the resident set right before it: weights and input tokens are not
 counted, output tokens are. Last line: the same as JSON.
 """
@@ -42,7 +44,8 @@ from spark3r_ros.reduction import ForwardReduction, TokenLayout, forward, sensit
 from spark3r_ros.reduction.plan import query_groups
 
 FLOPS_PER_SECOND = 50e9  # one core of an ordinary machine; only decides what is composed
-METHODS = ("dense", "spark3r", *BASELINES)
+REDUCTIONS = {"spark3r": ReductionConfig(), "spark3r shared": ReductionConfig(matching_interval=4)}
+METHODS = ("dense", *REDUCTIONS, *BASELINES)
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ VGGT_1B = Case(TrunkSpec(14, 1024, 16, (FRAME, GLOBAL) * 24, (47,), 5), 28, 37, 
 def layer_kinds(method: str, case: Case, num_frames: int) -> list[str]:
     """For every global layer, the name of the group of layers that cost the same."""
     layers = range(case.spec.num_global)
-    if method == "spark3r":
+    if method in REDUCTIONS:
         return ["sensitive" if i in case.sensitive else "insensitive" for i in layers]
     if method == "grid":
         frame_layers = GridKeys(case.grid(1)).frame_layers
@@ -120,22 +123,23 @@ def flop_model(method: str, case: Case, num_frames: int) -> dict[str, float]:
         uniform = Uniform(case.grid(num_frames))
         flops["attention"] = L * 4.0 * uniform.num_rows**2 * dim
         flops["matching"] = L * 2.0 * len(uniform.source) * len(uniform.destination) * dim
-    elif method == "spark3r":
-        _add_spark3r(flops, case, layout)
+    elif method in REDUCTIONS:
+        _add_spark3r(flops, REDUCTIONS[method], case, layout)
     else:
         _add_key_subsets(flops, method, case, layout)
     return flops
 
 
-def _add_spark3r(flops: dict[str, float], case: Case, layout: TokenLayout) -> None:
+def _add_spark3r(flops: dict[str, float], config: ReductionConfig, case: Case, layout: TokenLayout) -> None:
     dim, N, L = case.spec.dim, layout.num_tokens, case.spec.num_global
-    reduction = ForwardReduction(ReductionConfig(), layout, L, case.sensitive)
+    reduction = ForwardReduction(config, layout, L, case.sensitive)
     groups = query_groups(layout, reduction.factors.query, 20)
     empty = torch.empty(1, 0, 0)
     plans = [reduction.keys(i, empty) for i in range(L)]
     kept = [N if plan is None else plan.index.shape[1] for plan in plans]
     flops["attention"] = sum(4.0 * groups.num_rows * m * dim for m in kept)
-    flops["matching"] = L * sum(2.0 * b.source.numel() * b.destination.shape[1] * dim for b in groups.batches)
+    matchings = -(-L // config.matching_interval)
+    flops["matching"] = matchings * sum(2.0 * b.source.numel() * b.destination.shape[1] * dim for b in groups.batches)
     flops["linear"] -= sum((N - m) * 4.0 * dim**2 for m in kept) + L * (N - groups.num_rows) * 2.0 * dim**2
 
 
@@ -238,8 +242,8 @@ def use_method(method: str, trunk: Trunk, case: Case, num_frames: int, clock: Cl
     """Put the method into every global layer of the trunk, timed."""
     rope = trunk._rope(case.spec.global_rope, (case.rows, case.columns), torch.device("cpu"))
     reduction = None
-    if method == "spark3r":
-        reduction = ForwardReduction(ReductionConfig(), case.layout(num_frames), case.spec.num_global, case.sensitive)
+    if method in REDUCTIONS:
+        reduction = ForwardReduction(REDUCTIONS[method], case.layout(num_frames), case.spec.num_global, case.sensitive)
     baseline = BASELINES[method](case.grid(num_frames)) if method in BASELINES else None
     for block, kind in zip(trunk.blocks, case.spec.kinds):
         if kind == GLOBAL:
@@ -323,7 +327,7 @@ def measure_in_child(arguments: argparse.Namespace, method: str, num_frames: int
     case = TRUNKS[arguments.trunk]
     estimate = sum(flop_model(method, case, num_frames).values()) / FLOPS_PER_SECOND / arguments.threads
     composed = estimate > arguments.compose_above
-    passes = 3 if estimate < 10 else 1
+    passes = 3 if estimate < 3 else 1
     order = [arguments.trunk, method, num_frames, composed, passes, arguments.threads]
     command = [sys.executable, "-m", "benchmarks.reduction", "--child", json.dumps(order)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -356,7 +360,7 @@ def table(results: list[Measurement]) -> str:
     dense = {m.num_frames: m for m in results if m.method == "dense"}
     for m in results:
         base = dense.get(m.num_frames, m)
-        share = (m.matching_cpu + m.merging_cpu) / m.global_cpu if m.method == "spark3r" else None
+        share = (m.matching_cpu + m.merging_cpu) / m.global_cpu if m.method in REDUCTIONS else None
         lines.append(
             f"| {m.num_frames} | {m.method} | {m.cpu:.2f}{'*' if m.composed else ''} | {m.wall:.2f} "
             f"| {base.cpu / m.cpu:.2f} | {base.tflop / m.tflop:.2f} | {m.global_cpu:.2f} "
