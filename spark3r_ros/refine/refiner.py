@@ -9,7 +9,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import cv2
 import numpy as np
 
 from spark3r_ros.camera import undistort_points
@@ -41,6 +40,8 @@ _READOUT_SIGMA = 0.02  # seconds: a sensor's readout time, before anything is kn
 _LOCKED_READOUT_SIGMA = 0.001
 _MODEL_DOUBT = 3.0  # the adjustment's own sigma of a camera parameter is too good by this much: residuals correlate
 _LOCAL_FREE = 4  # keyframes that move when one is added
+_LOCAL_POINTS = 300  # best-seen points that they are adjusted with
+_WINDOW_POINTS = 700  # and that a window is adjusted with
 _MAX_FIXED = 8  # older keyframes that hold them
 _MIN_SHARED = 15  # tracks that make two keyframes neighbours
 _RAY_THRESHOLD = 0.02  # radians
@@ -171,7 +172,7 @@ class Refiner:
         if pose.is_reliable:
             posed = self._posed()
             recent = posed[-_LOCAL_FREE:]
-            self._adjust(recent, self._neighbours(recent), iterations=4)
+            self._adjust(recent, self._neighbours(recent), iterations=4, max_points=_LOCAL_POINTS)
         self._extend([keyframe])
         self._forget()
         assert keyframe.T_world_camera is not None
@@ -216,7 +217,7 @@ class Refiner:
         self.K = start.K
         for keyframe, T in zip(window, start.T_world_camera):
             keyframe.T_world_camera = T
-        self._adjust(window[1:], window[:1], iterations=15, calibrate=True)
+        self._adjust(window[1:], window[:1], iterations=15, max_points=0, calibrate=True)
         scale, known = self._scale_to(window, depths)
         if not known and T_network is not None:
             ours = np.stack([k.T_world_camera[:3, 3] for k in window if k.T_world_camera is not None])
@@ -252,7 +253,7 @@ class Refiner:
         if self._focal_sigma > 0:  # the focal length moves: nothing that was solved with another one may hold still
             posed = self._posed()
             before = self._typical_depth(posed[0])
-            solved = self._adjust(posed[1:], posed[:1], iterations=12, calibrate=True)
+            solved = self._adjust(posed[1:], posed[:1], iterations=12, max_points=0, calibrate=True)
             T = posed[0].T_world_camera
             assert T is not None
             self._move_world(np.eye(4), before / self._typical_depth(posed[0]), T[:3, 3])
@@ -263,12 +264,12 @@ class Refiner:
         fixed = self._neighbours(posed)
         if len(fixed) < 2:
             fixed, posed = fixed + posed[: 2 - len(fixed)], posed[2 - len(fixed) :]
-        return self._adjust(posed, fixed, iterations=10, calibrate=True)
+        return self._adjust(posed, fixed, iterations=10, max_points=_WINDOW_POINTS, calibrate=True)
 
     # Adjustment
 
     def _adjust(
-        self, free: list[Keyframe], fixed: list[Keyframe], iterations: int, calibrate: bool = False
+        self, free: list[Keyframe], fixed: list[Keyframe], iterations: int, max_points: int, calibrate: bool = False
     ) -> tuple[Assembled, Solution] | None:
         """Adjust the free keyframes and all they see, drop outliers, adjust again, store.
 
@@ -280,7 +281,7 @@ class Refiner:
         T = np.stack([k.T_world_camera for k in members if k.T_world_camera is not None])
         free_ids = {k.id for k in free}
         is_free = np.array([k.id in free_ids for k in members])
-        assembled = assemble(members, T, is_free, self._table, self.K, SIGMA_PX, focal_sigma, readout_sigma)
+        assembled = assemble(members, T, is_free, self._table, self.K, SIGMA_PX, focal_sigma, readout_sigma, max_points)
         if assembled is None:
             return None
         solution = adjust(assembled.problem, iterations)
@@ -324,7 +325,8 @@ class Refiner:
         uv = np.concatenate([k.uv[r] for k, r in zip(posed, rows)])[order]
         T = np.stack([k.T_world_camera for k in posed if k.T_world_camera is not None])
         anchor = camera[starts]
-        prior, sigma = inverse_depth_priors(posed, T, self._table, anchor, observation[starts])
+        new = np.zeros(len(anchor), bool)
+        prior, sigma = inverse_depth_priors(posed, T, self._table, anchor, observation[starts], new)
         xy = normalised(uv, self.K)
         noise = SIGMA_PX / self.K[0, 0]
         inverse_depth, information = first_inverse_depth(
@@ -341,11 +343,12 @@ class Refiner:
     def _sample(self, keyframe: Keyframe, prior: DepthPrior) -> np.ndarray:
         """Depth [N] at the keyframe's tracks; NaN where there is none."""
         uv = normalised(keyframe.uv, self.K) * np.array([prior.K[0, 0], prior.K[1, 1]]) + prior.K[:2, 2]
-        depth = prior.depth.astype(np.float32)
-        known = np.isfinite(depth) & (depth > 0)
-        grid = uv.astype(np.float32).reshape(-1, 1, 2)
-        values = cv2.remap(np.where(known, depth, 0), grid, np.zeros(0), cv2.INTER_NEAREST, borderValue=0.0).ravel()
-        return np.where(values > 0, values, np.nan).astype(float)
+        height, width = prior.depth.shape
+        column, row = np.rint(uv).astype(int).T
+        inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        values = np.full(len(uv), np.nan)
+        values[inside] = prior.depth[row[inside], column[inside]]
+        return np.where(values > 0, values, np.nan)
 
     def _depth_ratio(self, keyframe: Keyframe, prior: DepthPrior) -> float | None:
         """Map depth over the network's depth: median over well-known points; None with fewer than ten."""
