@@ -99,28 +99,22 @@ def python(*arguments, **kwargs):
 
 
 def pip_install(*arguments):
-    """Runs pip in the environment; prints what it is at when that takes long."""
-    start = last = time.monotonic()
-    command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--progress-bar=off", "--retries=2", *arguments]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        universal_newlines=True,
-        cwd=str(ROOT),
-        env=clean_environment(),
-    )
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        doing = re.match(r"(Collecting|Downloading|Installing collected packages)[: ]*(\S+)?", line.strip())
-        if doing and time.monotonic() - last > 10:
-            last = time.monotonic()
-            name = "" if doing.group(1).startswith("Installing") else " " + (doing.group(2) or "")
-            say(f"  {last - start:3.0f} s: {doing.group(1).lower()}{name}")
-    if process.wait():
-        (VENV / "pip.log").write_text("".join(lines), encoding="utf-8")
-        raise SetupError("{} (pip's output: .venv/pip.log)".format(explain("".join(lines))))
+    """Runs pip in the environment; says every ten seconds what it is at. Its output is kept in .venv/pip.log."""
+    log, start = VENV / "pip.log", time.monotonic()
+    options = ["--no-compile", "--progress-bar=off", "--retries=2"]
+    command = [str(VENV / "bin" / "python"), "-m", "pip", "install", *options, *arguments]
+    with log.open("w", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, cwd=str(ROOT), env=clean_environment()
+        )
+        while process.poll() is None:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                doing = re.findall(r"^ *(Collecting \S+|Downloading \S+|Installing)", log.read_text("utf-8"), re.M)
+                say(f"  {time.monotonic() - start:3.0f} s: {(doing or ['starting'])[-1].lower()}")
+    if process.returncode:
+        raise SetupError(f"{explain(log.read_text('utf-8'))} (pip's output: .venv/pip.log)")
 
 
 def fingerprint():
@@ -183,8 +177,6 @@ def ensure_packages():
     wrong = wrong_packages()
     if stamp.exists() and stamp.read_text() == fingerprint() and not wrong:
         return
-    if wrong:
-        check_disk()
     say("installing {} pinned packages (a few minutes the first time)".format(len(wrong) or "changed"))
     arguments = ["-c", str(REQUIREMENTS / "constraints.txt")]
     for name in FILES:
@@ -224,6 +216,8 @@ def main():
     start = time.monotonic()
     try:
         check_machine()
+        if not (VENV / "requirements.stamp").exists():
+            check_disk()
         if not has_tf2_msgs():
             check_compiler()
         ensure_environment()
