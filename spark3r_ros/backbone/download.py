@@ -53,7 +53,7 @@ def download(name: str, weights: Weights) -> Path:
         DownloadError: no network, no access, or a damaged file.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import GatedRepoError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     target = cached_path(name, weights)
     try:
@@ -64,7 +64,7 @@ def download(name: str, weights: Weights) -> Path:
             f"{weights.repo} asks for its terms to be accepted: open https://huggingface.co/{weights.repo}, accept, "
             f"run `hf auth login`, try again; or {by_hand(name, weights)}"
         ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise DownloadError(f"cannot fetch {name} ({reason}); {by_hand(name, weights)}") from error
     if digest is not None and len(digest) == 64 and sha256(target) != digest:  # large files are named by their SHA-256

@@ -30,6 +30,7 @@ class Entry:
     build: Callable[[ModelSpec], Model]
     keys: KeyMap
     code_licence: str  # of the original implementation; ours is written anew
+    parameters: int  # that inference uses; 0: counted on the spot
     download_bytes: int
     weights: Weights | None  # None: shipped with the package
 
@@ -49,43 +50,43 @@ class ModelInfo:
     present: bool
 
 
-def _da3(name: str, repo: str, size: float, licence: str) -> Entry:
+def _da3(name: str, repo: str, parameters: int, download_bytes: int, licence: str) -> Entry:
     weights = Weights(f"depth-anything/{repo}", "model.safetensors", licence, licence == APACHE)
-    return Entry(da3.SPECS[name], da3.DepthAnything3, da3.KEYS, APACHE, int(size * 1e9), weights)
+    return Entry(da3.SPECS[name], da3.DepthAnything3, da3.KEYS, APACHE, parameters, download_bytes, weights)
 
 
 PI3_CODE = "BSD-3-Clause, one file CC BY-NC-SA 4.0"
 FAIR = "FAIR Noncommercial Research License"
 MODELS: dict[str, Entry] = {
     "nano": Entry(
-        nano.SPEC, nano.Nano, KeyMap((), (), marker="trunk.special"), APACHE, 0, None
+        nano.SPEC, nano.Nano, KeyMap((), (), marker="trunk.special"), APACHE, 0, 0, None
     ),
-    "da3-small": _da3("da3-small", "DA3-SMALL", 0.137, APACHE),
-    "da3-base": _da3("da3-base", "DA3-BASE", 0.541, APACHE),
-    "da3-large": _da3("da3-large", "DA3-LARGE-1.1", 1.64, CC_NC),
-    "da3-giant": _da3("da3-giant", "DA3-GIANT-1.1", 5.4, CC_NC),
+    "da3-small": _da3("da3-small", "DA3-SMALL", 26_179_819, 137_000_000, APACHE),
+    "da3-base": _da3("da3-base", "DA3-BASE", 103_022_955, 541_000_000, APACHE),
+    "da3-large": _da3("da3-large", "DA3-LARGE-1.1", 345_439_467, 1_640_000_000, CC_NC),
+    "da3-giant": _da3("da3-giant", "DA3-GIANT-1.1", 1_190_937_579, 5_400_000_000, CC_NC),
     "da3metric-large": Entry(
-        da3.METRIC_SPEC, da3.MetricDepth, da3.METRIC_KEYS, APACHE, 1_340_000_000,
+        da3.METRIC_SPEC, da3.MetricDepth, da3.METRIC_KEYS, APACHE, 334_171_394, 1_340_000_000,
         Weights("depth-anything/DA3METRIC-LARGE", "model.safetensors", APACHE, True),
     ),
     "vggt": Entry(
-        vggt.SPEC, vggt.Vggt, vggt.KEYS, "VGGT License v1", 5_030_000_000,
+        vggt.SPEC, vggt.Vggt, vggt.KEYS, "VGGT License v1", 1_190_595_096, 5_030_000_000,
         Weights("facebook/VGGT-1B", "model.safetensors", CC_NC, False),
     ),
     "vggt-commercial": Entry(
-        vggt.SPEC, vggt.Vggt, vggt.KEYS, "VGGT License v1", 5_030_000_000,
+        vggt.SPEC, vggt.Vggt, vggt.KEYS, "VGGT License v1", 1_190_595_096, 5_030_000_000,
         Weights("facebook/VGGT-1B-Commercial", "vggt_1B_commercial.pt", VGGT_LICENCE, False),
     ),
     "pi3": Entry(
-        pi3.SPEC, pi3.Pi3, pi3.KEYS, PI3_CODE, 3_830_000_000,
+        pi3.SPEC, pi3.Pi3, pi3.KEYS, PI3_CODE, 958_696_732, 3_830_000_000,
         Weights("yyfz233/Pi3", "model.safetensors", CC_NC, False),
     ),
     "pi3x": Entry(
-        pi3.PI3X_SPEC, pi3.Pi3X, pi3.PI3X_KEYS, PI3_CODE, 5_440_000_000,
+        pi3.PI3X_SPEC, pi3.Pi3X, pi3.PI3X_KEYS, PI3_CODE, 992_465_329, 5_440_000_000,
         Weights("yyfz233/Pi3X", "model.safetensors", CC_NC, False),
     ),
     "omega": Entry(
-        omega.SPEC, omega.Omega, omega.KEYS, FAIR, 4_580_000_000,
+        omega.SPEC, omega.Omega, omega.KEYS, FAIR, 1_143_813_161, 4_580_000_000,
         Weights("facebook/VGGT-Omega", "vggt_omega_1b_512.pt", f"{FAIR} and DINOv3 License", False),
     ),
 }  # fmt: skip
@@ -111,7 +112,7 @@ def _describe(name: str, entry: Entry) -> ModelInfo:
     path = weights_path(name)
     return ModelInfo(
         name=name,
-        parameters=sum(p.numel() for p in skeleton(entry).parameters()),
+        parameters=entry.parameters or count_parameters(entry),
         code_licence=entry.code_licence,
         weights_licence=licence(entry),
         permissive=entry.weights is None or entry.weights.permissive,
@@ -120,6 +121,10 @@ def _describe(name: str, entry: Entry) -> ModelInfo:
         path=path,
         present=path.is_file(),
     )
+
+
+def count_parameters(entry: Entry) -> int:
+    return sum(p.numel() for p in skeleton(entry).parameters())
 
 
 def licence(entry: Entry) -> str:
@@ -192,7 +197,8 @@ def _missing(name: str) -> str:
     if weights is None:
         return f"the embedded weights {EMBEDDED} are missing: the installation is incomplete"
     accept = "" if weights.permissive else " --accept-licence"
-    return f"the weights of {name} are not on this machine: `spark3r models get {name}{accept}`, or {by_hand(name, weights)}"
+    command = f"spark3r models get {name}{accept}"
+    return f"the weights of {name} are not on this machine: run `{command}`, or {by_hand(name, weights)}"
 
 
 def _candidates(state: Mapping[str, Tensor]) -> list[str]:
