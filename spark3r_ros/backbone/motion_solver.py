@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ROBUST_SCALE = 3.0  # residuals beyond so many sigmas lose weight (Cauchy)
-TRANSLATION_SIGMA = 1.0  # prior, in units of depth
+ROBUST_SCALE = 2.0  # residuals beyond so many sigmas lose weight (Cauchy)
+TRANSLATION_SIGMA = 0.5  # prior, in units of depth
 MAX_DEPTH_STEP = 0.7  # of log inverse depth per iteration
 MIN_Z = 0.05
 START_STEP = 0.1  # translation per frame, in units of depth, that a direction is tried with

@@ -29,6 +29,8 @@ PATCH = 24
 RGB_STEP = 2  # RGB enters at half the resolution that flow is computed at
 POOL = 3  # cells per side of a solver point
 GUESSED_FOCAL = 0.87  # of the longer side: 60 degrees, where K is unknown
+FLOW_SIGMA, FLOW_SIGMA_PER_ERROR = 0.12, 0.7  # pixels; per pixel of forward-backward error (tuned on training scenes)
+MAX_FLOW_ERROR = 3.0  # pixels of forward-backward error; beyond, flow is not used
 DEPTH_SIGMA = 0.5  # of log depth before anything is known about the scene
 CONFIDENCE_UNIT = 0.1  # confidence = 1 / (1 + expected error of log depth / this)
 MOTION_WIDTH = NUM_PARTNERS * (CHANNELS + 1) + 1  # per partner flow, error and offset in frames; first partner's grey
@@ -183,7 +185,7 @@ class Nano(Model):
         first, K = observed.first, observed.K
         rgb = F.pixel_unshuffle((rgb - 0.45) / 0.25, PATCH // RGB_STEP)
         cells = F.pixel_unshuffle(_cell_features(motion, K, first.R), PATCH // CELL)
-        s, info = first.log_inverse_depth, first.information.log() - 1.4
+        s, info = first.log_inverse_depth, (first.information * (FLOW_SIGMA / 0.3) ** 2).clamp_min(1).log() - 1.4
         residual = (first.residual * 20).clamp(-2, 2).permute(0, 1, 3, 2).flatten(1, 2)  # [B * S, 4, N]
         points = torch.cat([s[:, None], info[:, None] / 3, residual], dim=1).unflatten(2, observed.grid)
         points = F.pixel_unshuffle(points, PATCH // (CELL * POOL))
@@ -191,7 +193,11 @@ class Nano(Model):
         local = torch.cat([rgb, cells, points, rays], dim=1).flatten(2).transpose(1, 2)  # [B * S, patches, C]
         offsets = motion[:, 3 * NUM_PARTNERS : 4 * NUM_PARTNERS, 0, 0]  # [B * S, 2]
         angles = (first.R - first.R.transpose(-1, -2)).flatten(2)[..., [1, 2, 5]] * 2
-        error = (observed.weights.sqrt() * first.residual.norm(dim=-1)).clamp_max(5).mean(dim=-1, keepdim=True)
+        error = (
+            (observed.weights.sqrt() * first.residual.norm(dim=-1) * (FLOW_SIGMA / 0.3))
+            .clamp_max(5)
+            .mean(dim=-1, keepdim=True)
+        )
         support = (observed.weights > 0).to(s).mean(dim=-1, keepdim=True)
         frame = torch.cat([angles, first.t.clamp(-2, 2) * 4, error, support, offsets[..., None] / 2], dim=-1)
         focal = torch.log(K[:, 0, 0] / (K[:, 0, 2] * 2) / GUESSED_FOCAL)[:, None] * 2
@@ -210,7 +216,7 @@ class Nano(Model):
         log_depth = log_depth - log_depth.mean(dim=(1, 2), keepdim=True)
         return log_depth, maps[:, 1].clamp(-3, 3) - 1.5
 
-    def solve_again(self, estimate: Estimate, iterations: int = 4) -> Tensor:
+    def solve_again(self, estimate: Estimate, iterations: int = 5) -> Tensor:
         """T_partner_frame [B, S, 2, 4, 4] from flow with the network's estimate as start and depth prior."""
         seen, size = estimate.observed, estimate.log_depth.shape[:2]
         focal = torch.stack([seen.K[:, 0, 0], seen.K[:, 1, 1]], dim=-1)
@@ -221,7 +227,7 @@ class Nano(Model):
         error = F.avg_pool2d(estimate.log_error.flatten(0, 1)[:, None], POOL).flatten(1).exp()
         T = estimate.T_partner_frame.flatten(0, 1)
         start = (T[..., :3, :3], T[..., :3, 3])
-        solved = solve_motion(points, targets, weights, mean, (1.4 * error).clamp(0.03, 0.5), start, iterations)
+        solved = solve_motion(points, targets, weights, mean, (2.0 * error).clamp(0.03, 0.7), start, iterations)
         return T_from_R_t(solved.R, solved.t).unflatten(0, size)
 
 
@@ -229,7 +235,8 @@ def observe(motion: Tensor, K: Tensor) -> Observation:
     """Pool flow [F, MOTION_WIDTH, h, w] to solver points and solve for motion; K [F, 3, 3]."""
     flow = motion[:, : NUM_PARTNERS * CHANNELS].unflatten(1, (NUM_PARTNERS, CHANNELS))  # [F, 2, 3, h, w]
     error = flow[:, :, 2]
-    trust = torch.where((error >= 0) & (error < 4), (0.3 + 0.5 * error) ** -2, torch.zeros_like(error))  # 1 / px^2
+    sigma = FLOW_SIGMA + FLOW_SIGMA_PER_ERROR * error  # pixels
+    trust = torch.where((error >= 0) & (error < MAX_FLOW_ERROR), sigma**-2, torch.zeros_like(error))
     weights = F.avg_pool2d(trust, POOL)  # [F, 2, rows, columns]
     pooled = F.avg_pool2d((flow[:, :, :2] * trust[:, :, None]).flatten(1, 2), POOL).unflatten(1, (NUM_PARTNERS, 2))
     pooled = (pooled / weights[:, :, None].clamp_min(1e-6)).flatten(3).transpose(2, 3)  # [F, 2, N, 2]
