@@ -3,7 +3,8 @@
     python -m training.generate --data DIR --shards 40            # sequences of shard 0, 1, ... that are missing
     python -m training.generate --data DIR --split held-out --shards 2
 
-A shard is a folder of memory-mappable arrays; its content depends on (split, index) only.
+A shard is a folder of memory-mappable arrays; its content depends on (split, index) only. Photo textures are for
+training alone: no held-out scene shows a picture that was trained on.
 """
 
 from __future__ import annotations
@@ -241,7 +242,7 @@ def write_shard(root: Path, split: str, index: int, count: int) -> Path:
     if folder.exists():
         return folder
     height, width = SIZES[index % len(SIZES)]
-    textures = texture_bank(96, 1000 * SPLITS[split] + 7919 * (index + 1))
+    textures = texture_bank(96, 1000 * SPLITS[split] + 7919 * (index + 1), photos=split == "train")
     tame = split == "tame"
     samples = [make_sequence([SPLITS[split], index, i], height, width, textures, tame) for i in range(count)]
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}")

@@ -58,14 +58,25 @@ def markdown(table: Table) -> str:
     return "\n".join(lines)
 
 
+def sequences(state: dict) -> int:
+    """Distinct sequences seen: those of this run and of the one whose weights it began with."""
+    return int(state["sequences"]) + int(state["earlier"].get("sequences", 0))
+
+
+def history(state: dict) -> dict[str, str]:
+    """What the weights file says of its training, for `training.train --init` to count on from."""
+    figures = {"steps": state["step"], "samples": state["samples"], "sequences": sequences(state)}
+    return {"model": "nano", "hours": f"{state['seconds'] / 3600:.2f}"} | {name: str(n) for name, n in figures.items()}
+
+
 def write_card(state: dict, results: dict[str, Table]) -> None:
     """Fill the template with what the run and the evaluation say."""
     sections = [f"### {name}\n\n{markdown(table)}" for name, table in results.items()]
     text = TEMPLATE.read_text().format(
         parameters=sum(v.numel() for v in state["mean"].values()) / 1e6, steps=state["step"],
-        samples=state["samples"], hours=state["seconds"] / 3600, sequences=state["sequences"],
+        samples=state["samples"], hours=state["seconds"] / 3600, sequences=sequences(state),
         frames=NUM_FRAMES, tables="\n\n".join(sections), rate=state["config"]["rate"], seed=state["config"]["seed"],
-        init=state.get("init", "") or "random",
+        init=f"own, of step {state['earlier']['steps']}" if state["earlier"] else "random",
     )  # fmt: skip
     CARD.write_text(text)
 
@@ -98,7 +109,7 @@ def main() -> None:
         print_table(folder.name, results[folder.name])
     SHIPPED.parent.mkdir(exist_ok=True)
     mean = {name: value.contiguous() for name, value in state["mean"].items()}
-    save_file(mean, SHIPPED, metadata={"model": "nano", "steps": str(state["step"])})
+    save_file(mean, SHIPPED, metadata=history(state))
     SHIPPED.chmod(0o644)  # safetensors makes it private
     write_card(state, results)
     print(json.dumps({"shipped": SHIPPED.name, "bytes": SHIPPED.stat().st_size, "results": results}))

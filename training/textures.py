@@ -1,6 +1,11 @@
-"""Procedural textures: noise, checks, bricks, tiles, stripes, dots, text, gradients, dead leaves. Mip-mapped."""
+"""Textures, mip-mapped: noise, checks, bricks, stripes, dots, text, gradients, dead leaves; for training photos too.
+
+The photos are those inside scikit-image's wheel that are in the public domain or CC0 (its ``data/README.txt``).
+"""
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -8,6 +13,11 @@ import numpy as np
 TEXTURE_SIZE = 256  # texels per side; a power of two
 
 FONTS = (cv2.FONT_HERSHEY_SIMPLEX, cv2.FONT_HERSHEY_DUPLEX, cv2.FONT_HERSHEY_COMPLEX, cv2.FONT_HERSHEY_TRIPLEX)
+PHOTOS = (
+    "astronaut.png", "brick.png", "camera.png", "chelsea.png", "clock_motion.png", "coffee.png", "grass.png",
+    "gravel.png", "ihc.png", "rocket.jpg",
+)  # fmt: skip
+PHOTO_SHARE = 0.3
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789.,:;-+*/()"
 
 
@@ -131,10 +141,39 @@ MAKERS = (
 )  # fmt: skip
 
 
-def make_texture(rng: np.random.Generator) -> np.ndarray:
-    """One random texture [n, n, 3] uint8."""
+@lru_cache
+def _photos() -> tuple[np.ndarray, ...]:
+    """The photos [H, W, 3] uint8. Imported here: only who makes training data needs scikit-image."""
+    from pathlib import Path
+
+    from skimage import data
+
+    folder = Path(data.__file__).parent
+    return tuple(cv2.imread(str(folder / name), cv2.IMREAD_COLOR) for name in PHOTOS)
+
+
+def _photo(rng: np.random.Generator) -> np.ndarray:
+    """A window of a photo, mirrored, turned and tinted at random."""
+    photo = _photos()[rng.integers(len(_photos()))]
+    side = int(rng.uniform(0.35, 1.0) * min(photo.shape[:2]))
+    y, x = (int(rng.integers(0, length - side + 1)) for length in photo.shape[:2])
+    window = np.rot90(photo[y : y + side, x : x + side, rng.permutation(3)], rng.integers(4))[:, :: rng.choice([-1, 1])]
+    shrinking = side > TEXTURE_SIZE
+    size = (TEXTURE_SIZE, TEXTURE_SIZE)
+    image = cv2.resize(
+        np.ascontiguousarray(window), size, interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC
+    )
+    tone = np.clip(image / 255.0, 0, 1) ** np.exp(rng.normal(0, 0.3))
+    return np.clip(tone * np.exp(rng.normal(0, 0.1, 3)), 0, 1)
+
+
+def make_texture(rng: np.random.Generator, photos: bool = False) -> np.ndarray:
+    """One random texture [n, n, 3] uint8; ``photos``: some show photographs."""
     makers, shares = zip(*MAKERS)
-    image = makers[rng.choice(len(makers), p=shares)](rng)
+    if photos and rng.random() < PHOTO_SHARE:
+        image = _photo(rng)
+    else:
+        image = makers[rng.choice(len(makers), p=shares)](rng)
     if rng.random() < 0.5:  # dirt, so that regular patterns are not perfectly ambiguous
         image = image * (1 + rng.uniform(0.05, 0.5) * (_noise(rng) - 0.5)[..., None])
     return (np.clip(image, 0, 1) * 255).astype(np.uint8)
@@ -146,13 +185,13 @@ def mip_offsets() -> np.ndarray:
     return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
 
-def texture_bank(count: int, seed: int) -> np.ndarray:
-    """``count`` textures with all mip levels: [count, texels, 3] uint8; the same for the same seed."""
+def texture_bank(count: int, seed: int, photos: bool = False) -> np.ndarray:
+    """``count`` textures with all mip levels: [count, texels, 3] uint8; the same for the same arguments."""
     rng = np.random.default_rng([seed, 77])
     offsets = mip_offsets()
     bank = np.empty((count, offsets[-1], 3), np.uint8)
     for texture in bank:
-        level = make_texture(rng)
+        level = make_texture(rng, photos)
         for first in offsets[:-1]:
             texture[first : first + level.size // 3] = level.reshape(-1, 3)
             half = (max(level.shape[1] // 2, 1), max(level.shape[0] // 2, 1))

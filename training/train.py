@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -63,9 +64,10 @@ class Trainer:
         rest = [p for p in self.model.parameters() if p.ndim < 2]
         groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
         self.optimiser = torch.optim.AdamW(groups, lr=config.rate, betas=(0.9, 0.98))
-        self.step = 0
-        self.samples = 0
+        self.step = self.samples = 0
         self.seconds = 0.0
+        self.first_step = 0  # of this optimiser: the rate warms up from here
+        self.earlier: dict[str, str] = {}  # what the weights that this run began with have behind them
 
     def train_step(self, cooldown: float = 1.0) -> dict[str, float]:
         """One optimiser step; ``cooldown`` in 0..1 scales the learning rate."""
@@ -78,7 +80,7 @@ class Trainer:
         batch = augment(shard.batch(rng.choice(len(shard), size, replace=False), num_frames), generator)
         known = bool(rng.random() < config.known_k)
         for group in self.optimiser.param_groups:
-            group["lr"] = config.rate * min(1.0, (step + 1) / config.warm_up) * cooldown
+            group["lr"] = config.rate * min(1.0, (step + 1 - self.first_step) / config.warm_up) * cooldown
         terms = self.loss_terms(batch, pass_options(rng, num_frames), known, step >= config.solve_from)
         loss = total(terms)
         self.optimiser.zero_grad(set_to_none=True)
@@ -113,14 +115,19 @@ class Trainer:
             "config": vars(self.config), "model": self.model.state_dict(), "mean": self.mean,
             "optimiser": self.optimiser.state_dict(), "step": self.step, "samples": self.samples,
             "seconds": self.seconds, "sequences": sum(len(s) for s in self.shards),
+            "first_step": self.first_step, "earlier": self.earlier,
         }  # fmt: skip
         torch.save(state, scratch)
         scratch.replace(path)
 
-    def start_from(self, weights: dict[str, Tensor]) -> None:
-        """Begin with given weights instead of random ones."""
-        self.model.load_state_dict(weights)
+    def start_from(self, path: Path) -> None:
+        """Begin with the weights of a shipped file; steps, samples and hours are counted on from theirs."""
+        self.model.load_state_dict(load_file(path))
         self.mean = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        with safe_open(path, "pt") as file:
+            self.earlier = dict(file.metadata())
+        self.step = self.first_step = int(self.earlier["steps"])
+        self.samples, self.seconds = int(self.earlier["samples"]), 3600 * float(self.earlier["hours"])
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint."""
@@ -129,6 +136,7 @@ class Trainer:
         self.mean = state["mean"]
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
+        self.first_step, self.earlier = state["first_step"], state["earlier"]
 
 
 def pass_options(rng: np.random.Generator, num_frames: int) -> PassOptions:
@@ -169,7 +177,7 @@ def main() -> None:
     if checkpoint.exists():
         trainer.restore(checkpoint)
     elif args.init:
-        trainer.start_from(load_file(args.init))
+        trainer.start_from(args.init)
     run(trainer, args)
 
 

@@ -21,7 +21,9 @@ def shards(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     patch = pytest.MonkeyPatch()
     patch.setattr(generate, "SIZES", ((48, 72),))
-    patch.setattr(generate, "texture_bank", lambda count, seed, make=generate.texture_bank: make(6, seed))
+    patch.setattr(
+        generate, "texture_bank", lambda count, seed, photos, make=generate.texture_bank: make(6, seed, photos)
+    )
     generate.write_shard(root, "train", 0, 4)
     generate.write_shard(root, "held-out", 0, 2)
     patch.undo()
