@@ -6,9 +6,13 @@
 
 Held-out scenes are rendered here, from seeds that neither training nor the probe uses. Errors are against the true
 poses and depths: ``direction`` and ``rotation`` of the step from frame to frame (degrees), ``ATE`` after a similarity
-in shares of the path, ``AbsRel`` depth after one scale per sequence. ``pose change`` (radians plus shares of the scene's
-extent) and ``point change`` (shares of the extent) are against the dense pass: they resolve differences far below the
-model's own error. Prints tables, writes a plot, last line JSON.
+in shares of the path, ``AbsRel`` depth after one scale per sequence. ``pose change`` (radians plus shares of the extent
+of the scene) and ``point change`` (shares of that extent) are against the dense pass: they resolve differences far
+below the model's own error. Prints tables, writes a plot, last line JSON.
+
+    python -m benchmarks.quality --probe spark3r_ros/reduction/factors/nano.json --scenes 4
+
+writes the probe's result for nano, measured on calibration scenes of seeds of their own.
 """
 
 from __future__ import annotations
@@ -29,7 +33,8 @@ from spark3r_ros.backbone import Backbone, load_backbone
 from spark3r_ros.config import ReductionConfig
 from spark3r_ros.frame import Prediction
 from spark3r_ros.geometry import inverse, matrix_from_quat_xyzw, rotation_angle, transform, umeyama
-from spark3r_ros.reduction.probe import ProbeSequence, change, sequence_from_frames
+from spark3r_ros.reduction.probe import ProbeSequence, change, run_probe, sequence_from_frames
+from spark3r_ros.reduction.probe import plot as plot_probe
 from spark3r_ros.sources import open_source
 from training.evaluate import load_model
 from training.paths import camera_path
@@ -191,6 +196,20 @@ def plot_grid(table: Table, path: Path) -> None:
     plt.close(figure)
 
 
+def probe(backbone: Backbone, arguments: argparse.Namespace) -> None:
+    """The probe on rendered calibration scenes: factor file, plot and JSON line."""
+    size = backbone.fit_size(480, 640)
+    scenes = range(arguments.scenes)
+    sequences = [rendered(i, arguments.frames, size, CALIBRATION_SEED).sequence for i in scenes]
+    result = run_probe(
+        backbone, sequences, progress=lambda d, n: print(f"pass {d} of {n}", file=sys.stderr, flush=True)
+    )
+    arguments.probe.parent.mkdir(parents=True, exist_ok=True)
+    result.save(arguments.probe)
+    plot_probe(result, arguments.out / "probe.png")
+    print(json.dumps({"ratios": result.ratios, "sensitive_layers": result.sensitive_layers}))
+
+
 def load(weights: Path | None) -> Backbone:
     return load_backbone("nano") if weights is None else Backbone(load_model(weights))
 
@@ -202,6 +221,7 @@ def main() -> None:
     parser.add_argument("--schedule", type=int, nargs="*", default=None, help="lengths: schedule and options instead")
     parser.add_argument("--scenes", type=int, default=4)
     parser.add_argument("--real", type=Path, nargs="*", default=[], help="folders with rgb/ and poses.txt instead")
+    parser.add_argument("--probe", type=Path, help="write the probe's factor file from calibration scenes instead")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("out/quality"))
     arguments = parser.parse_args()
@@ -217,6 +237,9 @@ def main() -> None:
             yield from (rendered(i, num_frames, size) for i in range(arguments.scenes))
 
     arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.probe:
+        probe(backbone, arguments)
+        return
     if arguments.schedule is None:
         table, results["grid"] = run(backbone, sequences(arguments.frames), lambda _: grid_configs())
         print_table(f"{arguments.frames} frames, the same factors in all layers", table)

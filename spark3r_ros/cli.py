@@ -66,6 +66,14 @@ def _parser() -> argparse.ArgumentParser:
     get.add_argument("name", help="as `spark3r models` lists it")
     get.add_argument("--accept-licence", action="store_true", help="you have read the licence and may use the weights")
     get.set_defaults(command=_get_model)
+
+    probe = commands.add_parser("probe", help="find a model's sensitive layers", description=_probe.__doc__)
+    probe.add_argument("sources", nargs="+", help="calibration recordings, as `map` takes them")
+    probe.add_argument("--out", required=True, type=Path, metavar="FILE.json", help="factor file; a plot lies beside")
+    _add_model_options(probe)
+    probe.add_argument("--frames", type=int, default=100, help="most frames of each recording (default 100)")
+    probe.add_argument("--stride", type=int, default=1, help="take every n-th frame (default 1)")
+    probe.set_defaults(command=_probe)
     return parser
 
 
@@ -234,6 +242,37 @@ def _get_model(options: argparse.Namespace) -> int:
     from spark3r_ros.backbone.registry import get_model
 
     print(get_model(options.name, accept_licence=options.accept_licence))
+    return 0
+
+
+def _probe(options: argparse.Namespace) -> int:
+    """Measure which global layers stand hard key pruning; the result is what reduction.factor_file takes."""
+    from tqdm import tqdm
+
+    from spark3r_ros.backbone import load_backbone
+    from spark3r_ros.reconstructor import choose_device
+    from spark3r_ros.reduction.probe import plot, run_probe, sequence_from_frames
+
+    config = build_config(options.set, options.model)
+    sources = [open_source(path) for path in options.sources]
+    device = choose_device(config.model.device)
+    backbone = load_backbone(config.model.name, config.model.checkpoint or None, device)
+    sequences = [
+        sequence_from_frames(backbone, source, source.path.name, num_frames=options.frames, stride=options.stride)
+        for source in sources
+    ]
+    with tqdm(unit="pass", desc="probe") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        result = run_probe(backbone, sequences, progress=progress)
+    result.save(options.out)
+    picture = options.out.with_suffix(".png")
+    plot(result, picture)
+    print(f"{result.model}: sensitive layers {list(result.sensitive_layers)} of {len(result.layers)}")
+    print(f"  {options.out}\n  {picture}")
     return 0
 
 

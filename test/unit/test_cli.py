@@ -140,3 +140,20 @@ def test_weights_that_are_there_are_not_fetched(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == str(path)
     assert cli.main(["models", "get", "vgtt"]) == 1
     assert "unknown model 'vgtt'" in capsys.readouterr().err
+
+
+def test_probe_writes_a_factor_file(images, tmp_path, capsys):
+    from spark3r_ros.reduction.schedule import load_factor_file
+
+    for i in range(5, 34):
+        cv2.imwrite(str(images / f"{i}.png"), np.full((48, 64, 3), 7 * i, np.uint8))
+    out = tmp_path / "factors.json"
+    assert cli.main(["probe", str(images), "--out", str(out), "--set", "model.device=cpu"]) == 0
+    assert load_factor_file(out).model == "nano"
+    assert out.with_suffix(".png").is_file()
+    assert "nano: sensitive layers" in capsys.readouterr().out
+
+
+def test_probe_of_a_short_recording_is_one_line(images, tmp_path, capsys):
+    assert cli.main(["probe", str(images), "--out", str(tmp_path / "factors.json")]) == 1
+    assert "has 5 frames, the probe needs more than 32" in capsys.readouterr().err
