@@ -89,7 +89,9 @@ class WindowConfig(_Group):
         ge=0.0, le=1.0, dynamic=True,
     )  # fmt: skip
     max_pending: int = param(300, "frames that may wait for the first window to be full", ge=1, le=100000)
-    first_size: int = param(4, "keyframes that make do for the first window, and for one after being lost", ge=2, le=1000)
+    first_size: int = param(
+        4, "keyframes that make do for the first window, and for one after being lost", ge=2, le=1000
+    )
     first_seconds: float = param(
         3.0, "a first window of first_size keyframes is solved after this time, a full one at once", ge=0.0, le=3600.0
     )
@@ -289,7 +291,9 @@ class NodeConfig(_Group):
     no_data_timeout: float = param(5.0, "seconds without images until the node warns", ge=0.1, le=3600.0, dynamic=True)
     path_length: int = param(1000, "most poses of path and keyframe markers; longer ones are thinned", ge=2, le=100000)
     map_period: float = param(2.0, "least seconds between two messages on ~/map", ge=0.1, le=3600.0, dynamic=True)
-    map_file: str = param("", "file of ~/save_map and ~/load_map", dynamic=True)
+    map_file: str = param(
+        "", "file of ~/save_map and ~/load_map; ending in .ply: only the points, to be saved", dynamic=True
+    )
     load_map_on_start: bool = param(False, "load map_file while configuring and localise in it")
 
     def __post_init__(self) -> None:

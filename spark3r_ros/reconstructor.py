@@ -91,7 +91,7 @@ class Reconstructor:
 
     def __init__(self, config: Config, backbone: Backbone | None = None) -> None:
         self.config = config
-        self._device = _device(config.model.device)
+        self._device = choose_device(config.model.device)
         if backbone is None:
             backbone = load_backbone(config.model.name, config.model.checkpoint or None, self._device)
         self._backbone = backbone
@@ -166,7 +166,7 @@ class Reconstructor:
         assert self._preprocess is not None
         self._preprocess.check(frame)
         gray = cv2.cvtColor(frame.image, cv2.COLOR_RGB2GRAY)
-        tracks = self._features.track(gray)
+        tracks = self._features.track(gray, frame.stamp_ns)
         decision, corners = self._decide(frame, gray, tracks)
         self._last_stamp_ns = frame.stamp_ns
         self._num_frames += 1
@@ -720,7 +720,7 @@ class Reconstructor:
         return str(self._backbone.spec.name)
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)

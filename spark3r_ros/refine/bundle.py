@@ -172,13 +172,17 @@ def _global_priors(frozen: _Frozen, state: _State) -> tuple[np.ndarray, np.ndarr
     return (state.camera_globals - np.array([0.0, problem.readout]))[frozen.open_globals], 1.0 / sigma**2
 
 
+def _squared_length(residual: np.ndarray) -> np.ndarray:
+    return residual[:, 0] ** 2 + residual[:, 1] ** 2
+
+
 def _loss(squared: np.ndarray, scale: float) -> np.ndarray:
     return scale**2 * np.log1p(squared / scale**2)
 
 
 def _cost(frozen: _Frozen, state: _State) -> float:
     q, _, residual = _project(frozen, state)
-    squared = (residual**2).sum(axis=1) / frozen.problem.sigma_px**2
+    squared = _squared_length(residual) / frozen.problem.sigma_px**2
     squared = np.where(q[:, 2] > _MIN_DEPTH, squared, 1e6)
     cost = _loss(squared, frozen.loss_px).sum() + _loss(_prior_residual(frozen, state) ** 2, 1.0).sum()
     difference, information = _global_priors(frozen, state)
@@ -209,7 +213,7 @@ def _jacobians(frozen: _Frozen, state: _State) -> tuple[np.ndarray, np.ndarray, 
     columns[:, :, :2] = frozen.R_anchor[p][:, :, :2]
     columns[:, :, 2] = frozen.t_anchor[p] - state.t[k]
     J_point = J_q @ (np.swapaxes(state.R[k], 1, 2) @ columns)
-    squared = (residual**2).sum(axis=1) / problem.sigma_px**2
+    squared = _squared_length(residual) / problem.sigma_px**2
     weight = 1.0 / (1.0 + squared / frozen.loss_px**2) / problem.sigma_px**2
     weight = np.where(q[:, 2] > _MIN_DEPTH, weight, 0.0)
     J_globals = np.stack([projected, problem.shutter], axis=2)[:, :, frozen.open_globals]

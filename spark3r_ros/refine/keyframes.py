@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from spark3r_ros.geometry import inverse
 from spark3r_ros.refine.bundle import Problem, Solution
 from spark3r_ros.refine.landmarks import LandmarkTable, first_inverse_depth
 
@@ -97,13 +98,13 @@ def assemble(
     unique = unique[wanted]
     starts = np.searchsorted(point, np.arange(len(unique)))
     anchor = camera[starts]
-    prior, prior_sigma = inverse_depth_priors(keyframes, T_world_camera, table, anchor, observation[starts])
+    where, found = table.find(unique)
+    prior, prior_sigma = inverse_depth_priors(keyframes, T_world_camera, table, anchor, observation[starts], found)
     xy = normalised(uv_read - readout * shutter, K)
     information = (sigma_px / K[0, 0] / prior / prior_sigma) ** 2
     inverse_depth, _ = first_inverse_depth(T_world_camera, xy, camera, point, anchor, xy[starts], prior, information)
     rays = np.concatenate([xy[starts], np.ones((len(starts), 1))], axis=1) / inverse_depth[:, None]
     xyz = np.einsum("pij,pj->pi", T_world_camera[anchor, :3, :3], rays) + T_world_camera[anchor, :3, 3]
-    where, found = table.find(unique)
     xyz[found] = table.xyz[where[found]]
     problem = Problem(
         T_world_camera=T_world_camera,
@@ -127,15 +128,27 @@ def assemble(
 
 
 def inverse_depth_priors(
-    keyframes: Sequence[Keyframe], T: np.ndarray, table: LandmarkTable, anchor: np.ndarray, observation: np.ndarray
+    keyframes: Sequence[Keyframe],
+    T: np.ndarray,
+    table: LandmarkTable,
+    anchor: np.ndarray,
+    observation: np.ndarray,
+    found: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Inverse depth [P] expected at the anchors, from a network or else from neighbours; its relative sigma [P]."""
+    """Inverse depth [P] expected at the anchors and its relative sigma [P].
+
+    It comes from a network, or else from neighbours; points that are ``found`` [P] in the table already need no
+    neighbours: theirs is the table's typical depth.
+    """
     prior, sigma = np.ones(len(anchor)), np.full(len(anchor), FLAT_PRIOR_SIGMA)
     for k, keyframe in enumerate(keyframes):
         mine = np.flatnonzero(anchor == k)
         if len(mine) == 0:
             continue
-        prior[mine] = _neighbours_inverse_depth(keyframe, T[k], table, keyframe.uv[observation[mine]])
+        fresh, old = mine[~found[mine]], mine[found[mine]]
+        uv, known_uv, inverse_depth = keyframe.uv, *_known_inverse_depth(keyframe, T[k], table)
+        prior[old] = np.median(inverse_depth) if len(inverse_depth) else 1.0
+        prior[fresh] = _of_neighbours(uv[observation[fresh]], known_uv, inverse_depth)
         given = keyframe.prior_depth[observation[mine]]
         network = np.isfinite(given)
         prior[mine[network]] = 1.0 / given[network]
@@ -143,26 +156,35 @@ def inverse_depth_priors(
     return prior, sigma
 
 
-def _neighbours_inverse_depth(keyframe: Keyframe, T: np.ndarray, table: LandmarkTable, uv: np.ndarray) -> np.ndarray:
-    """Median inverse depth of the five nearest well-known points around each pixel [N, 2]; 1 without any."""
+def _known_inverse_depth(keyframe: Keyframe, T: np.ndarray, table: LandmarkTable) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels [N, 2] and inverse depth [N] of the well-known points that a keyframe sees."""
     rows, found = table.find(keyframe.ids)
     found &= table.depth_sigma[rows] < 0.3 if len(table) else False
     depth = (table.xyz[rows[found]] - T[:3, 3]) @ T[:3, 2]
-    known = keyframe.uv[found][depth > 0]
-    inverse_depth = 1.0 / depth[depth > 0]
-    if len(known) < 5:
-        return np.full(len(uv), float(np.median(inverse_depth)) if len(known) else 1.0)
-    distance = ((uv[:, None] - known[None]) ** 2).sum(axis=2)
+    return keyframe.uv[found][depth > 0], 1.0 / depth[depth > 0]
+
+
+def _of_neighbours(uv: np.ndarray, known_uv: np.ndarray, inverse_depth: np.ndarray) -> np.ndarray:
+    """Median inverse depth of the five nearest known points around each pixel [N, 2]; 1 without any."""
+    if len(known_uv) < 5:
+        return np.full(len(uv), float(np.median(inverse_depth)) if len(known_uv) else 1.0)
+    distance = (uv[:, :1] - known_uv[:, 0]) ** 2 + (uv[:, 1:] - known_uv[:, 1]) ** 2
     nearest = np.argpartition(distance, 4, axis=1)[:, :5]
     return np.median(inverse_depth[nearest], axis=1)
 
 
 def write_back(assembled: Assembled, solution: Solution, table: LandmarkTable, gate_px: float) -> np.ndarray:
-    """Store poses and points; flag outliers; drop points that lost their observations. Returns inliers [M] bool."""
+    """Store poses and points; flag outliers; drop points that lost their observations. Returns inliers [M] bool.
+
+    Points that were left out of the problem follow their anchors.
+    """
     problem = assembled.problem
     inlier = solution.residual_px < gate_px
+    left_out = ~np.isin(table.ids, assembled.ids)
     for k in np.flatnonzero(problem.is_free):
-        assembled.keyframes[k].T_world_camera = solution.T_world_camera[k]
+        keyframe, T_new = assembled.keyframes[k], solution.T_world_camera[k]
+        table.move(left_out & (table.anchor == keyframe.id), T_new @ inverse(problem.T_world_camera[k]))
+        keyframe.T_world_camera = T_new
     for number, keyframe in enumerate(assembled.keyframes):
         bad = assembled.observation[(problem.camera == number) & ~inlier]
         keyframe.good[bad] = False

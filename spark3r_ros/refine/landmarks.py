@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from spark3r_ros.geometry import transform
+
 
 class LandmarkTable:
     """Columns sorted by track number; rows come and go, numbers never change."""
@@ -44,6 +46,11 @@ class LandmarkTable:
         """Keep the rows where ``keep`` [N] bool."""
         self.ids, self.xyz, self.depth_sigma = self.ids[keep], self.xyz[keep], self.depth_sigma[keep]
         self.anchor, self.origin = self.anchor[keep], self.origin[keep]
+
+    def move(self, which: np.ndarray, T: np.ndarray) -> None:
+        """Move the rows ``which`` [N] bool by the rigid T [4, 4]."""
+        self.xyz[which] = transform(T, self.xyz[which])
+        self.origin[which] = transform(T, self.origin[which])
 
     def depth_axis(self, rows: np.ndarray) -> np.ndarray:
         """One standard deviation of the points along their anchors' rays, world [N, 3]."""

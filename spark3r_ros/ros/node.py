@@ -31,6 +31,7 @@ from std_srvs.srv import Trigger
 
 from spark3r_ros.config import Config
 from spark3r_ros.encodings import ImageError
+from spark3r_ros.export import write_ply
 from spark3r_ros.frame import Frame
 from spark3r_ros.preprocess import FrameError
 from spark3r_ros.ros import diagnostics, interface, parameters, qos
@@ -328,10 +329,15 @@ class Spark3rNode(LifecycleNode):
         path = Path(name)
         self._finish()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._reconstructor.save_map(path)
-        self._outputs.save_place(path)
+        if path.suffix == ".ply":
+            write_ply(path, self._outputs.in_map_frame(self._reconstructor.map_points()))
+        else:
+            self._outputs.save_place(path)
+            self._reconstructor.save_map(path)
 
     def _load_map(self, path: Path) -> None:
+        if path.suffix == ".ply":
+            raise ValueError(f"{path} is a point cloud for other programs; only maps can be loaded")
         if not path.is_file():
             raise FileNotFoundError(f"parameter map_file: there is no map {str(path)!r}")
         T_map_world = load_place(path)
@@ -368,7 +374,7 @@ class Spark3rNode(LifecycleNode):
         since = time.monotonic() - (self.stats.last_image or self._active_since)
         if self._images.is_paused:
             return "paused"
-        if since >= self.node_config.no_data_timeout:
+        if since >= self.node_config.no_data_timeout and not self._worker.waiting:
             text = self._images.why_silent()
             self.get_logger().warning(text, throttle_duration_sec=_QUIET_S)
             return text
@@ -428,12 +434,12 @@ class Spark3rNode(LifecycleNode):
             self.executor.wake()
 
 
-def main(args: list[str] | None = None) -> int:
+def main(args: list[str] | None = None, make_reconstructor: Factory = load_reconstructor) -> int:
     """Entry point ``spark3r_node``: a node that configures and activates itself unless autostart is off."""
     rclpy.init(args=args)
     node = None
     try:
-        node = Spark3rNode()
+        node = Spark3rNode(make_reconstructor)
         executor = SingleThreadedExecutor()
         executor.add_node(node)
         if node.node_config.autostart and not start(node):

@@ -6,6 +6,7 @@ Nothing is built that nobody listens to. Odometry and transforms are sent for ev
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -204,7 +205,7 @@ class Outputs:
         if T_base_camera is not None and base:
             self._T_body_camera, self._T_camera_body = T_base_camera, geometry.inverse(T_base_camera)
             self._mount_is_static = self._transforms.is_static(base, camera)
-        if config.tf_mode == "map_to_odom" and not self.problem:
+        if config.tf_mode == "map_to_odom" and not self.problem and self._known_T_map_world is None:
             self.tf.set_map_to_odom(np.eye(4), pose.stamp_ns)
         return True
 
@@ -277,11 +278,19 @@ class Outputs:
 
     # ---- the place of the map, kept beside its file ----------------------------------------------------------------
 
-    def save_place(self, map_file: FilePath) -> None:
-        """Write where the map's world stands in map_frame, so that a loaded map is level again."""
+    def _T_map_world(self) -> np.ndarray:
         if self._placement is None:
             raise ValueError("there is no map yet: no pose has been given out")
-        text = json.dumps({"T_map_world": self._placement.T_map_world.tolist()}, indent=1)
+        return self._placement.T_map_world
+
+    def in_map_frame(self, points: PointBatch) -> PointBatch:
+        """Points of the reconstruction as they stand in map_frame."""
+        xyz = geometry.transform(self._T_map_world(), points.xyz).astype(np.float32)
+        return dataclasses.replace(points, xyz=xyz)
+
+    def save_place(self, map_file: FilePath) -> None:
+        """Write where the map's world stands in map_frame, so that a loaded map is level again."""
+        text = json.dumps({"T_map_world": self._T_map_world().tolist()}, indent=1)
         place_file(map_file).write_text(text + "\n")
 
 
