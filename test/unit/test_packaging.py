@@ -27,6 +27,7 @@ def prefix(tmp_path_factory):
     unwanted = shutil.ignore_patterns(".*", "build", "install", "log", "out", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, folder / "source", ignore=unwanted)
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "-q"]
+    command += ["--no-compile", "--ignore-installed"]  # without the latter pip removes the editable installation
     result = subprocess.run(
         [*command, "--prefix", folder / "prefix", folder / "source"], capture_output=True, text=True
     )
