@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 import torch
-from originals import load_fill, weights
 
+from benchmarks.parity import load_fill, weights
 from spark3r_ros.backbone import load_backbone
 from spark3r_ros.backbone.model import inverse_T
 

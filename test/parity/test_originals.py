@@ -6,8 +6,8 @@ import re
 
 import pytest
 import torch
-from originals import LARGE, SMALL, compare
 
+from benchmarks.parity import LARGE, SMALL, compare
 from spark3r_ros.backbone.checkpoint import convert
 from spark3r_ros.backbone.registry import MODELS, skeleton
 

@@ -24,7 +24,8 @@ def tiny_spec(family: str) -> ModelSpec:
     }[family]
     plain = 2 if full.trunk.plain else 0
     trunk = replace(full.trunk, dim=64, heads=2, kinds=kinds, taps=taps, plain=plain)
-    return replace(full, trunk=trunk, encoder_depth=min(full.encoder_depth, 1), dpt=TINY_DPT)
+    middle = frozenset({trunk.num_global // 2}) if full.sensitive else full.sensitive
+    return replace(full, trunk=trunk, sensitive=middle, encoder_depth=min(full.encoder_depth, 1), dpt=TINY_DPT)
 
 
 def tiny_model(family: str, seed: int = 0) -> Model:

@@ -1,18 +1,26 @@
 """Our models with the fixtures' weights against the outputs of the original implementations.
 
-``python test/parity/originals.py [MODEL ...]`` prints the table: largest and mean error in units of the output's
-standard deviation, seconds, peak memory.
+    python -m benchmarks.parity                        all six models, up to 12 GB and some minutes
+    python -m benchmarks.parity da3-small da3-base
+
+One pass of the full-size network over the fixture's frames, in float32 on the CPU. Prints, for every output, the
+largest and the mean absolute error in units of the standard deviation of the original's output, the seconds of the
+pass, and the peak memory of the process with the checkpoint in it. Every model has a process of its own. Last line
+JSON.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +31,7 @@ from spark3r_ros.backbone.model import Geometry, inverse_T
 from spark3r_ros.backbone.registry import find
 from spark3r_ros.frame import Prediction
 
+ROOT = Path(__file__).resolve().parents[1]
 SMALL = ("da3-small", "da3-base")
 LARGE = ("da3-large", "vggt", "pi3", "omega")
 
@@ -125,14 +134,18 @@ def peak_gib() -> float:
 
 
 def main(names: list[str]) -> None:
-    golden = Path(__file__).resolve().parents[2].parent / "shared" / "golden"
-    line = "{:12} {:27} {:>9} {:>9} {:>8} {:>6}\n"
-    sys.stdout.write(line.format("model", "output", "max", "mean", "seconds", "GiB"))
-    for name in names:
-        for r in compare(golden, name):
-            numbers = (f"{r.largest:.1e}", f"{r.mean:.1e}", f"{r.seconds:.1f}", f"{r.peak_gib:.2f}")
-            sys.stdout.write(line.format(r.model, r.output, *numbers))
-        sys.stdout.flush()
+    golden = Path(os.environ.get("SPARK3R_SHARED", ROOT.parent / "shared")) / "golden"
+    line = "{:12} {:27} {:>9} {:>9} {:>8} {:>6}"
+    print(line.format("model", "output", "max", "mean", "seconds", "GiB"))
+    rows: list[Row] = []
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
+        for model_rows in processes.map(compare, repeat(golden), names):
+            for r in model_rows:
+                numbers = (f"{r.largest:.1e}", f"{r.mean:.1e}", f"{r.seconds:.1f}", f"{r.peak_gib:.2f}")
+                print(line.format(r.model, r.output, *numbers), flush=True)
+            rows += model_rows
+    about = {"benchmark": "parity", "torch": torch.__version__, "threads": torch.get_num_threads()}
+    print(json.dumps({**about, "rows": [asdict(row) for row in rows]}))
 
 
 if __name__ == "__main__":
