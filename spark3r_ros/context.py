@@ -86,11 +86,12 @@ class KVContext:
     """Bounded cross-window context of one stream (batch size 1).
 
     One pass is ``begin``, one ``append`` per layer, and then ``commit`` for the frames worth remembering, or nothing
-    for frames that only look (tracking). All memory, the space of the running pass included, is allocated at the first
-    ``begin`` and never exceeds ``config.budget_mb``.
+    for frames that only look (tracking). All memory, the space of the running pass included, is allocated by
+    ``reserve``, or by the first ``begin``, and never exceeds ``config.budget_mb``, not even while it is replaced by
+    more for a longer pass.
 
     Raises:
-        ValueError: at ``begin`` when the budget cannot hold the pass and its reference pages.
+        ValueError: at ``reserve`` or ``begin`` when the budget cannot hold the pass and its reference pages.
     """
 
     def __init__(self, spec: ContextSpec, config: ContextConfig, device: torch.device | str, dtype: torch.dtype):
@@ -101,7 +102,10 @@ class KVContext:
         self._reference: list[int] = []
         self._recent: frozenset[int] = frozenset()
         self._window_of: dict[int, int] = {}  # frame id -> number of the commit it came with
-        self._mean_key: dict[int, Tensor] = {}  # frame id -> mean key of its patches at the key layer
+        self._mean_keys = self._like.new_zeros(
+            (0, spec.num_heads * spec.head_dim)
+        )  # [rows, H * D] mean keys of patches at the key layer
+        self._mean_row: dict[int, int] = {}  # frame id -> its row there
         self._num_commits = 0
         self._camera_start = -1  # row of the running pass's first camera token; -1: it has none
 
@@ -122,8 +126,8 @@ class KVContext:
 
     @property
     def bytes(self) -> int:
-        """Allocated bytes: pages, ring and the running pass, keys and values of all layers, camera tokens."""
-        tensors = [layer.kv for layer in self._layers]
+        """Allocated bytes: pages, ring and running pass of all layers, camera tokens, and what eviction compares."""
+        tensors = [self._mean_keys, *(layer.kv for layer in self._layers)]
         tensors += [layer.camera for layer in self._layers if layer.camera is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -133,10 +137,14 @@ class KVContext:
 
     # -- one pass ------------------------------------------------------------------------------------------------
 
-    def begin(self, num_frames: int) -> None:
-        """Start a pass over ``num_frames`` frames; what the last pass did not commit is forgotten."""
+    def reserve(self, num_frames: int) -> None:
+        """Allocate for passes of up to ``num_frames`` frames; what is held already stays."""
         if num_frames > self._window_frames:
             self._allocate(num_frames)
+
+    def begin(self, num_frames: int) -> None:
+        """Start a pass over ``num_frames`` frames; what the last pass did not commit is forgotten."""
+        self.reserve(num_frames)
         for layer in self._layers:
             layer.pending = ()
         self._camera_start = -1
@@ -191,6 +199,7 @@ class KVContext:
         """
         wanted = {position: ident for position, ident in zip(frames, ids) if ident not in self._reference}
         key_layer = self._layers[self._key_layer]
+        free = iter(sorted(set(range(len(self._mean_keys))) - set(self._mean_row.values())))
         for index, position in enumerate(key_layer.pending):
             if position in wanted:
                 ident = wanted[position]
@@ -199,12 +208,14 @@ class KVContext:
                 self._window_of[ident] = self._num_commits
                 own = slice(key_layer.own_start + index * key_layer.tokens, None)
                 patches = key_layer.kv[0, 0, :, own][:, key_layer.num_special : key_layer.tokens]  # [H, P, D]
-                self._mean_key[ident] = patches.float().mean(dim=1).flatten().cpu()  # [H * D]
+                if ident not in self._mean_row:
+                    self._mean_row[ident] = next(free)
+                self._mean_keys[self._mean_row[ident]] = patches.float().mean(dim=1).flatten()  # [H * D]
         self._recent = frozenset(ids)
         for layer in self._layers:
             self._commit_layer(layer, wanted)
         present = {ident for layer in self._layers for ident in layer.ids}
-        self._mean_key = {i: m for i, m in self._mean_key.items() if i in present}
+        self._mean_row = {i: row for i, row in self._mean_row.items() if i in present}
         self._window_of = {i: w for i, w in self._window_of.items() if i in present}
         self._num_commits += 1
         return self.frame_ids
@@ -214,7 +225,7 @@ class KVContext:
         for layer in self._layers:
             layer.clear()
         self._reference, self._recent = [], frozenset()
-        self._window_of, self._mean_key = {}, {}
+        self._window_of, self._mean_row = {}, {}
         self._num_commits, self._camera_start = 0, -1
 
     # -- pages and eviction --------------------------------------------------------------------------------------
@@ -226,7 +237,7 @@ class KVContext:
             if layer.ids[slot] in renewed:
                 layer.remove(slot, keep_special=False)
         for index, position in enumerate(layer.pending):
-            if position not in wanted or wanted[position] not in self._mean_key:
+            if position not in wanted or wanted[position] not in self._mean_row:
                 continue
             if len(layer.ids) == layer.page_capacity:
                 layer.remove(self._victim(layer.ids), keep_special=True)
@@ -245,7 +256,7 @@ class KVContext:
         old = [s for s, i in enumerate(ids) if i not in self._reference and i not in self._recent]
         new = [s for s, i in enumerate(ids) if i not in self._reference]
         assert new, (ids, self._reference)  # _allocate leaves room beside the reference pages
-        keys = torch.stack([self._mean_key[i] for i in ids])  # [F, H * D]
+        keys = self._mean_keys[[self._mean_row[i] for i in ids]]  # [F, H * D]
         distance = torch.cdist(keys, keys)
         distance.fill_diagonal_(math.inf)
         ranked = distance.sort(dim=1).values.tolist()
@@ -274,25 +285,41 @@ class KVContext:
             for i, per_frame in enumerate(spec.layer_tokens)
         )
         camera = (frames + window) * spec.camera_shape[0] * spec.camera_shape[1]
-        return (2 * tokens * spec.num_heads * spec.head_dim + camera) * self._like.element_size()
+        values = 2 * tokens * spec.num_heads * spec.head_dim + camera
+        return (
+            values * self._like.element_size()
+            + 4 * self._num_mean_keys(frames, window) * spec.num_heads * spec.head_dim
+        )
+
+    def _num_mean_keys(self, frames: int, window: int) -> int:
+        """Frames that may have a page in some layer, and those of a pass beside them."""
+        return sum(self._num_pages(i, frames) for i in range(len(self.spec.layer_tokens))) + window
 
     def _allocate(self, window: int) -> None:
         """Buffers for passes of up to ``window`` frames and as many pages as the budget and the configuration allow."""
         least = self.spec.num_reference + 1
+        room = self.budget_bytes - self.bytes  # old buffers are still there while their pages move into new ones
         frames = self.config.frames
-        while frames > least and self._bytes_for(frames, window) > self.budget_bytes:
+        while frames > least and self._bytes_for(frames, window) > room:
             frames -= 1
         frames = max(frames, least)
-        if (need := self._bytes_for(frames, window)) > self.budget_bytes:
+        if (need := self._bytes_for(frames, window) + self.bytes) > self.budget_bytes:
             raise ValueError(
                 f"context.budget_mb must be >= {need / 2**20:.1f} for passes of {window} frames at this image size, "
                 f"got {self.config.budget_mb:g}; raise it, or lower window.size or the image size"
             )
         old, self._window_frames = self._layers, window
         with torch.inference_mode(False):  # buffers outlive the pass that allocates them
-            self._layers = [self._make_layer(i, frames, window) for i in range(len(self.spec.layer_tokens))]
-        if old:
-            self._adopt(old)
+            layers = [self._make_layer(i, frames, window) for i in range(len(self.spec.layer_tokens))]
+            size = (self._num_mean_keys(frames, window), self.spec.num_heads * self.spec.head_dim)
+            mean_keys = self._like.new_zeros(size, dtype=torch.float32)
+        for source, target in zip(old, layers):
+            self._adopt(source, target)
+        ids = sorted({ident for layer in layers for ident in layer.ids})
+        rows = [self._mean_row[ident] for ident in ids]
+        mean_keys[: len(rows)] = self._mean_keys[rows]
+        self._mean_row = dict(zip(ids, range(len(rows))))
+        self._layers, self._mean_keys = layers, mean_keys
 
     def _make_layer(self, index: int, frames: int, window: int) -> _Layer:
         spec = self.spec
@@ -303,13 +330,12 @@ class KVContext:
             layer.camera = self._like.new_zeros((pages + window, *spec.camera_shape))
         return layer
 
-    def _adopt(self, old: list[_Layer]) -> None:
-        """Move ring and pages into buffers made for longer passes; what no longer fits is evicted by the policy."""
-        for source, target in zip(old, self._layers):
-            while len(source.ids) > target.page_capacity:
-                source.remove(self._victim(source.ids), keep_special=True)
-            end = source.own_start
-            target.kv[..., :end, :] = source.kv[..., :end, :]
-            target.ids, target.ring_count = source.ids, source.ring_count
-            if target.camera is not None and source.camera is not None:
-                target.camera[: len(source.ids)] = source.camera[: len(source.ids)]
+    def _adopt(self, source: _Layer, target: _Layer) -> None:
+        """Move ring and pages into a buffer made for longer passes; what no longer fits is evicted by the policy."""
+        while len(source.ids) > target.page_capacity:
+            source.remove(self._victim(source.ids), keep_special=True)
+        end = source.own_start
+        target.kv[..., :end, :] = source.kv[..., :end, :]
+        target.ids, target.ring_count = source.ids, source.ring_count
+        if target.camera is not None and source.camera is not None:
+            target.camera[: len(source.ids)] = source.camera[: len(source.ids)]

@@ -189,10 +189,11 @@ class Reconstructor:
         """The first frame decides about image size and intrinsics."""
         if frame.image.ndim != 3 or min(frame.image.shape[:2]) < 16:
             raise FrameError(f"image must be [H, W, 3] with sides of at least 16 pixels, got {list(frame.image.shape)}")
-        self._preprocess = Preprocessor(frame, self._backbone.fit_size(*frame.image.shape[:2]))
-        self._preprocess.check(frame)
-        self._solver = Solver(self.config, self._backbone, self._device, self._preprocess.valid)
-        self._solver.K = self._preprocess.K
+        preprocess = Preprocessor(frame, self._backbone.fit_size(*frame.image.shape[:2]))
+        preprocess.check(frame)
+        self._solver = Solver(self.config, self._backbone, self._device, preprocess.valid)
+        self._solver.K = preprocess.K
+        self._preprocess = preprocess
         self._tracker = NetworkTracker(self._solver)
         self._restart_features()
 

@@ -47,6 +47,7 @@ class Solver:
         self.context: KVContext | None = None
         if config.context.enabled:
             self.context = backbone.new_context(config.context, height, width)
+            self.context.reserve(config.window.size)
         self.K: np.ndarray | None = None
         self._guesses: list[np.ndarray] = []
 

@@ -65,6 +65,9 @@ class OracleContext:
     def num_frames(self) -> int:
         return len(self.frame_ids)
 
+    def reserve(self, num_frames: int) -> None:
+        pass
+
     def commit(self, frames, ids):
         self.frame_ids = tuple(ids)
         self.gauge = self.pending

@@ -149,8 +149,9 @@ def test_camera_tokens_follow_their_frames():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(2, 8), st.floats(0.002, 0.02), st.lists(st.integers(1, 5), min_size=1, max_size=8), st.booleans())
-def test_the_budget_is_never_exceeded(frames, budget, passes, sensitive):
+@given(st.integers(2, 8), st.floats(0.002, 0.02), st.lists(st.integers(1, 5), min_size=1, max_size=8),
+       st.booleans(), st.booleans())  # fmt: skip
+def test_the_budget_is_never_exceeded(frames, budget, passes, sensitive, reserved):
     config = ContextConfig(frames=frames, budget_mb=1.0, special_frames=3)
     object.__setattr__(config, "budget_mb", budget)  # below the range that users may set
     spec = ContextSpec((TOKENS,) * 3, HEADS, DIM, SPECIAL, frozenset({1}) if sensitive else frozenset())
@@ -159,6 +160,8 @@ def test_the_budget_is_never_exceeded(frames, budget, passes, sensitive):
     for count in passes:
         ids = list(range(ident, ident + count))
         try:
+            if reserved:
+                context.reserve(5)
             visible = run_pass(context, ids)
         except ValueError as error:
             assert "context.budget_mb must be >=" in str(error)  # noqa: PT017
@@ -169,6 +172,33 @@ def test_the_budget_is_never_exceeded(frames, budget, passes, sensitive):
         assert len(set(context.frame_ids)) == context.num_frames <= frames
         assert 0 in context.frame_ids
         ident += count
+
+
+def test_a_reserved_context_never_moves():
+    """No pass, commit or eviction allocates: buffers stay where they are, and their bytes do not change."""
+    context = make(frames=3, special_frames=2, sensitive=frozenset({1}), camera_shape=(1, 2))
+    context.reserve(4)
+    before = context.bytes
+    buffers = [context._mean_keys, *(layer.kv for layer in context._layers)]
+    places = [b.data_ptr() for b in buffers]
+    for start, count in ((0, 1), (1, 4), (5, 2), (7, 4), (11, 3)):
+        ids = list(range(start, start + count))
+        run_pass(context, ids)
+        context.append_camera(torch.zeros((count, 1, 2)))
+        context.commit(range(count), ids)
+    assert [b.data_ptr() for b in [context._mean_keys, *(layer.kv for layer in context._layers)]] == places
+    assert context.bytes == before == sum(t.untyped_storage().nbytes() for t in buffers) + 4 * 7 * 2
+
+
+def test_growing_stays_inside_the_budget_while_both_buffers_exist():
+    context = make(frames=40, special_frames=0)
+    run_pass(context, [0, 1])
+    context.commit([0, 1], [0, 1])
+    object.__setattr__(context.config, "budget_mb", 1.4 * context.bytes / 2**20)
+    before = context.bytes
+    run_pass(context, [2, 3, 4])
+    assert before + context.bytes <= context.budget_bytes
+    assert ids_seen(context.append(0, page(9), page(9), (0,))[0])[:2] == [0, 1]
 
 
 def test_reset_forgets_and_keeps_the_memory():
