@@ -123,10 +123,10 @@ class Window:
 
     def slide(self) -> list[Keyframe]:
         """The window has been solved: new keyframes become history. Returns those that have left for good."""
-        before = list(self._history)
+        held = [*self._history, *self._new]
         self._history.extend(self._new)
         self._new = []
-        return [k for k in before if all(k is not kept for kept in self._history)]
+        return [k for k in held if all(k is not kept for kept in self._history)]
 
     def clear(self) -> list[Keyframe]:
         """Forget everything; returns what was held."""
