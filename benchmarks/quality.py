@@ -198,7 +198,7 @@ def plot_grid(table: Table, path: Path) -> None:
 
 def probe(backbone: Backbone, arguments: argparse.Namespace) -> None:
     """The probe on rendered calibration scenes: factor file, plot and JSON line."""
-    size = backbone.fit_size(480, 640)
+    size = backbone.resize(480, 640).size
     scenes = range(arguments.scenes)
     sequences = [rendered(i, arguments.frames, size, CALIBRATION_SEED).sequence for i in scenes]
     result = run_probe(
@@ -227,7 +227,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     backbone = load(arguments.weights)
-    size = backbone.fit_size(480, 640)
+    size = backbone.resize(480, 640).size
     results: dict[str, list[dict[str, object]]] = {}
 
     def sequences(num_frames: int) -> Iterator[Truth]:

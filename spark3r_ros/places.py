@@ -13,6 +13,7 @@ from spark3r_ros.alignment import weighted_median
 from spark3r_ros.camera import undistort_points
 from spark3r_ros.config import LoopConfig
 from spark3r_ros.frame import CameraModel
+from spark3r_ros.preprocess import Resize
 from spark3r_ros.windows import DepthMap
 
 REPROJECTION = 0.006  # of rays with z = 1: three pixels at a focal length of 500
@@ -87,7 +88,7 @@ def make_place(
     corners: Corners,
     dense: DepthMap | None,
     K: np.ndarray,
-    ratio: tuple[float, float],
+    resize: Resize,
     min_confidence: float,
 ) -> Place:
     """Give the corners rays and depths.
@@ -98,10 +99,10 @@ def make_place(
         corners: of the camera image.
         dense: the keyframe's depth; None for a frame that has none.
         K: [3, 3] in pixels of the network's image.
-        ratio: network pixels per camera pixel, x and y.
+        resize: from the camera's pixels to the network's.
         min_confidence: depths below are not trusted.
     """
-    uv = (corners.uv + 0.5) * np.array(ratio) - 0.5  # network pixels
+    uv = resize.to_network(corners.uv)
     xy = ((uv - K[:2, 2]) / np.array([K[0, 0], K[1, 1]])).astype(np.float32)
     depth = np.full(len(xy), np.nan, np.float32)
     if dense is not None:

@@ -1,7 +1,8 @@
-"""From a camera image to what the network sees: lens distortion removed, resized, K in pixels of the result."""
+"""From the camera's pixels to the network's and back: each model's own resize rule, lens distortion, and K for both."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import cv2
@@ -15,14 +16,93 @@ class FrameError(ValueError):
     """A frame that cannot be used; the stream goes on without it."""
 
 
-def scale_intrinsics(K: np.ndarray, ratio_x: float, ratio_y: float) -> np.ndarray:
-    """K [3, 3] of an image resized by these ratios; pixel centres at integers."""
-    scaled = np.array(K, dtype=float)
-    scaled[0] *= ratio_x
-    scaled[1] *= ratio_y
-    scaled[0, 2] += 0.5 * (ratio_x - 1)
-    scaled[1, 2] += 0.5 * (ratio_y - 1)
-    return scaled
+@dataclass(frozen=True)
+class Resize:
+    """How a camera's image becomes the network's: a centred box is cut out, then scaled. Pixel centres at integers."""
+
+    box: tuple[int, int, int, int]  # top, left, height, width in camera pixels
+    size: tuple[int, int]  # height, width in network pixels
+
+    def apply(self, image: np.ndarray) -> np.ndarray:
+        """An image [H, W, ...] of the camera at the network's size: averaged when it shrinks, linear when it grows."""
+        filtering = cv2.INTER_AREA if self.size[0] < self.box[2] else cv2.INTER_LINEAR
+        return self._scale(image, filtering)
+
+    def apply_nearest(self, image: np.ndarray) -> np.ndarray:
+        """The same for values that must not be mixed, like depth across edges."""
+        return self._scale(image, cv2.INTER_NEAREST)
+
+    def _scale(self, image: np.ndarray, filtering: int) -> np.ndarray:
+        top, left, height, width = self.box
+        return cv2.resize(image[top : top + height, left : left + width], self.size[::-1], interpolation=filtering)
+
+    @property
+    def ratio(self) -> np.ndarray:
+        """Network pixels per camera pixel, [2] x and y."""
+        return np.array([self.size[1] / self.box[3], self.size[0] / self.box[2]])
+
+    def to_network(self, uv: np.ndarray) -> np.ndarray:
+        """Camera pixels [..., 2] to network pixels."""
+        return (np.asarray(uv, dtype=float) - [self.box[1], self.box[0]] + 0.5) * self.ratio - 0.5
+
+    def to_camera(self, uv: np.ndarray) -> np.ndarray:
+        """Network pixels [..., 2] to camera pixels."""
+        return (np.asarray(uv, dtype=float) + 0.5) / self.ratio - 0.5 + [self.box[1], self.box[0]]
+
+    def intrinsics_to_network(self, K: np.ndarray) -> np.ndarray:
+        """K [3, 3] of the camera's image to K of the network's."""
+        K = np.array(K, dtype=float)
+        K[:2, :2] *= self.ratio[:, None]
+        K[:2, 2] = self.to_network(K[:2, 2])
+        return K
+
+    def intrinsics_to_camera(self, K: np.ndarray) -> np.ndarray:
+        """K [3, 3] of the network's image to K of the camera's."""
+        K = np.array(K, dtype=float)
+        K[:2, :2] /= self.ratio[:, None]
+        K[:2, 2] = self.to_camera(K[:2, 2])
+        return K
+
+
+@dataclass(frozen=True)
+class ResizeRule:
+    """A model's choice of network size for a camera image. Sides are multiples of ``patch``.
+
+    ``mode``: ``longest`` scales the longer side to ``target`` pixels; ``width`` scales the width to it and cuts off
+    what is taller than wide; ``area`` takes the largest size with at most target^2 pixels; ``patches`` the size
+    nearest to that many, after cutting the image to an aspect between 1 : 2 and 2 : 1.
+    """
+
+    patch: int
+    target: int
+    mode: str = "longest"
+
+    def plan(self, height: int, width: int) -> Resize:
+        """The way from a camera image of this size to the network."""
+        if height < 1 or width < 1:
+            raise ValueError(f"image sides must be >= 1, got {width}x{height}")
+        box_height, box_width = height, width
+        if self.mode == "width":
+            box_height = min(height, width)
+        elif self.mode == "patches":
+            box_height, box_width = min(height, 2 * width), min(width, 2 * height)
+        box = ((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
+        return Resize(box, self._size(box_height, box_width))
+
+    def _size(self, height: int, width: int) -> tuple[int, int]:
+        if self.mode == "longest":
+            scale = self.target / max(height, width)
+        elif self.mode == "width":
+            scale = self.target / width
+        else:
+            scale = self.target / math.sqrt(height * width)
+        rows, columns = (max(1, round(side * scale / self.patch)) for side in (height, width))
+        while self.mode == "area" and max(rows, columns) > 1 and rows * columns * self.patch**2 > self.target**2:
+            if columns * height > width * rows and columns > 1:
+                columns -= 1
+            else:
+                rows = max(1, rows - 1)
+        return rows * self.patch, columns * self.patch
 
 
 def undistort_maps(camera: CameraModel) -> tuple[np.ndarray, np.ndarray] | None:
@@ -48,20 +128,18 @@ class NetworkImage:
 
 
 class Preprocessor:
-    """Brings every frame of one camera to the network's size ``size`` (height, width)."""
+    """Brings every frame of one camera to the network: undistorted with the same K, then resized as the model wants."""
 
-    def __init__(self, frame: Frame, size: tuple[int, int]) -> None:
-        self.size = size
+    def __init__(self, frame: Frame, resize: Resize) -> None:
+        self.resize = resize
         self.image_shape = frame.image.shape
         self.camera = frame.camera
         self._maps = undistort_maps(frame.camera) if frame.camera is not None else None
-        height, width = frame.image.shape[:2]
-        self.ratio = (size[1] / width, size[0] / height)  # x, y
-        self.K = None if frame.camera is None else scale_intrinsics(frame.camera.K, *self.ratio)  # [3, 3] | None
-        self.valid = np.ones(size, dtype=bool)  # [h, w] pixels that the lens really saw
+        self.K = None if frame.camera is None else resize.intrinsics_to_network(frame.camera.K)  # [3, 3] | None
+        self.valid = np.ones(resize.size, dtype=bool)  # [h, w] pixels that the lens really saw
         if self._maps is not None:
-            seen = cv2.remap(np.full((height, width), 255, np.uint8), *self._maps, cv2.INTER_LINEAR)
-            self.valid = cv2.resize(seen, size[::-1], interpolation=cv2.INTER_AREA) > 250
+            seen = cv2.remap(np.full(self.image_shape[:2], 255, np.uint8), *self._maps, cv2.INTER_LINEAR)
+            self.valid = resize.apply(seen) > 250
 
     def check(self, frame: Frame) -> None:
         """Raise FrameError when the frame is not one of this camera."""
@@ -79,8 +157,7 @@ class Preprocessor:
     def _resize(self, image: np.ndarray) -> np.ndarray:
         if self._maps is not None:
             image = cv2.remap(image, *self._maps, cv2.INTER_LINEAR)
-        shrinking = self.ratio[0] < 1
-        return cv2.resize(image, self.size[::-1], interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR)
+        return self.resize.apply(image)
 
     def _resize_depth(self, depth: np.ndarray) -> np.ndarray:
         """Nearest neighbours only: depths must not be mixed across edges."""
@@ -89,4 +166,4 @@ class Preprocessor:
             depth = cv2.resize(depth, (width, height), interpolation=cv2.INTER_NEAREST)
         if self._maps is not None:
             depth = cv2.remap(depth, *self._maps, cv2.INTER_NEAREST, borderValue=float("nan"))
-        return cv2.resize(depth, self.size[::-1], interpolation=cv2.INTER_NEAREST).astype(np.float32)
+        return self.resize.apply_nearest(depth).astype(np.float32)

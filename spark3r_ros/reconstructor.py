@@ -41,7 +41,7 @@ from spark3r_ros.loops import Edge, LoopCloser, loop_edge, step_edge
 from spark3r_ros.map_file import MapFileError, SavedMap
 from spark3r_ros.places import Corners, PlaceStore, Sighting, describe, make_place
 from spark3r_ros.point_map import KeyframePoints, PointMap, keyframe_points, trusted
-from spark3r_ros.preprocess import FrameError, NetworkImage, Preprocessor, scale_intrinsics
+from spark3r_ros.preprocess import FrameError, NetworkImage, Preprocessor
 from spark3r_ros.recovery import Watch, find_again, sighted_pose, sparse_view
 from spark3r_ros.refine import DepthPrior, Refiner
 from spark3r_ros.scale import OdometrySource, ScaleFilter, from_depth, from_height, from_model
@@ -189,7 +189,7 @@ class Reconstructor:
         """The first frame decides about image size and intrinsics."""
         if frame.image.ndim != 3 or min(frame.image.shape[:2]) < 16:
             raise FrameError(f"image must be [H, W, 3] with sides of at least 16 pixels, got {list(frame.image.shape)}")
-        preprocess = Preprocessor(frame, self._backbone.fit_size(*frame.image.shape[:2]))
+        preprocess = Preprocessor(frame, self._backbone.resize(*frame.image.shape[:2]))
         preprocess.check(frame)
         self._solver = Solver(self.config, self._backbone, self._device, preprocess.valid)
         self._solver.K = preprocess.K
@@ -339,7 +339,7 @@ class Reconstructor:
         if not len(self._places) or len(corners.uv) < self.config.window.min_features:
             return None
         solution = self._solver.query(seen.network.rgb, [])
-        query = make_place(-1, solution.descriptors[0], corners, None, solution.K, self._preprocess.ratio, 0.0)
+        query = make_place(-1, solution.descriptors[0], corners, None, solution.K, self._preprocess.resize, 0.0)
         near = max(self._sightings.items())[1].place.keyframe_id if self._sightings else None
         return find_again(query, self._places, near, self.config.loops)
 
@@ -429,7 +429,7 @@ class Reconstructor:
         if refined is None:
             return
         if self._preprocess.camera is None:  # the sparse map estimates the focal length too, and locks it
-            self._solver.K = scale_intrinsics(refined.K, *self._preprocess.ratio)
+            self._solver.K = self._preprocess.resize.intrinsics_to_network(refined.K)
         for keyframe, T_world_camera, factor in zip(
             keyframes, refined.T_world_camera, refined.depth_scale, strict=True
         ):
@@ -450,7 +450,7 @@ class Reconstructor:
             assert corners is not None
             keyframe.median_depth = float(np.median(dense.depth))
             keyframe.place = make_place(
-                keyframe.id, descriptor, corners, dense, dense.K, self._preprocess.ratio, PLACE_CONFIDENCE
+                keyframe.id, descriptor, corners, dense, dense.K, self._preprocess.resize, PLACE_CONFIDENCE
             )
             keyframe.corners = None
             before = self._keyframes.get(keyframe.id - 1)
@@ -563,7 +563,7 @@ class Reconstructor:
 
     def _depth_camera(self, K: np.ndarray) -> CameraModel:
         assert self._preprocess is not None
-        height, width = self._preprocess.size
+        height, width = self._preprocess.resize.size
         return CameraModel(width, height, K)
 
     # -- poses and output ----------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from spark3r_ros.backbone.trunk import PassOptions
 from spark3r_ros.config import ContextConfig, ReductionConfig
 from spark3r_ros.context import KVContext
 from spark3r_ros.frame import Prediction
+from spark3r_ros.preprocess import Resize
 from spark3r_ros.reduction import sensitive_layers
 
 __all__ = ["Backbone", "load_backbone"]
@@ -29,9 +30,9 @@ class Backbone:
     def spec(self) -> ModelSpec:
         return self.model.spec
 
-    def fit_size(self, height: int, width: int) -> tuple[int, int]:
-        """Preferred network size (height, width) for a camera image."""
-        return self.spec.resize.plan(height, width).size
+    def resize(self, height: int, width: int) -> Resize:
+        """The way from a camera image of this size to the network's, and back."""
+        return self.spec.resize.plan(height, width)
 
     def new_context(self, config: ContextConfig, height: int, width: int) -> KVContext:
         """An empty context for images of this network size; ValueError for a model whose frames never meet."""
@@ -101,10 +102,10 @@ class Backbone:
             raise ValueError(f"images must be [S, 3, H, W] with S >= 1, got {tuple(images.shape)}")
         height, width = images.shape[-2:]
         if height % patch or width % patch or not height or not width:
-            near = self.fit_size(height or patch, width or patch)
+            near = self.resize(height or patch, width or patch).size
             raise ValueError(
                 f"{self.spec.name} takes sides that are multiples of {patch}, got {width}x{height}; "
-                f"resize to {near[1]}x{near[0]} (backbone.fit_size)"
+                f"resize to {near[1]}x{near[0]} (backbone.resize)"
             )
 
 

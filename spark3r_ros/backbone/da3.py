@@ -18,9 +18,9 @@ from spark3r_ros.backbone.model import (
     intrinsics_from_fov,
     matrix_from_quat_xyzw,
 )
-from spark3r_ros.backbone.preprocess import ResizeRule
 from spark3r_ros.backbone.trunk import DENSE, FRAME, GLOBAL, PassOptions, Trunk, TrunkSpec
 from spark3r_ros.frame import Gauge
+from spark3r_ros.preprocess import ResizeRule
 
 WIDE = ((256, 512, 1024, 1024), 256)
 

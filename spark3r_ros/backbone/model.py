@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from spark3r_ros.backbone.preprocess import ResizeRule
 from spark3r_ros.backbone.trunk import DENSE, PassOptions, TrunkSpec
 from spark3r_ros.frame import Gauge
+from spark3r_ros.preprocess import ResizeRule
 
 
 @dataclass(frozen=True)

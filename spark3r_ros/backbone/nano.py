@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from spark3r_ros.backbone.model import Geometry, Model, ModelSpec, T_from_R_t, inverse_T
 from spark3r_ros.backbone.motion import CELL, CHANNELS, NUM_PARTNERS, motion_channels, partners
 from spark3r_ros.backbone.motion_solver import Motion, so3_exp, solve_from_directions, solve_motion
-from spark3r_ros.backbone.preprocess import ResizeRule
 from spark3r_ros.backbone.trunk import DENSE, FRAME, GLOBAL, PassOptions, Tokens, Trunk, TrunkSpec
 from spark3r_ros.context import KVContext
+from spark3r_ros.preprocess import ResizeRule
 
 PATCH = 24
 RGB_STEP = 2  # RGB enters at half the resolution that flow is computed at

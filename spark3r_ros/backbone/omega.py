@@ -11,8 +11,8 @@ from spark3r_ros.backbone.checkpoint import AGGREGATOR_RENAMES, KeyMap, State, s
 from spark3r_ros.backbone.encoder import Encoder, EncoderSpec
 from spark3r_ros.backbone.heads import Dpt, in_chunks, place_embedding
 from spark3r_ros.backbone.model import Geometry, Model, ModelSpec
-from spark3r_ros.backbone.preprocess import ResizeRule
 from spark3r_ros.backbone.trunk import DENSE, FRAME, GLOBAL, REGISTER, PassOptions, Trunk, TrunkSpec, describe
+from spark3r_ros.preprocess import ResizeRule
 
 REGISTER_PAIRS = (2, 6, 9, 14, 20)  # inter-frame blocks where only special tokens attend; not in the checkpoint
 SPEC = ModelSpec(

@@ -16,9 +16,9 @@ from spark3r_ros.backbone.checkpoint import KeyMap, special_tokens
 from spark3r_ros.backbone.encoder import Encoder, EncoderSpec
 from spark3r_ros.backbone.heads import in_chunks, place_grid
 from spark3r_ros.backbone.model import Geometry, Model, ModelSpec, T_from_R_t
-from spark3r_ros.backbone.preprocess import ResizeRule
 from spark3r_ros.backbone.trunk import DENSE, FRAME, GLOBAL, PassOptions, Tokens, Trunk, TrunkSpec, describe
 from spark3r_ros.frame import Gauge
+from spark3r_ros.preprocess import ResizeRule
 
 SPEC = ModelSpec(
     name="pi3",

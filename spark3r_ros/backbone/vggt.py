@@ -10,8 +10,8 @@ from spark3r_ros.backbone.checkpoint import AGGREGATOR_RENAMES, KeyMap, dpt_rena
 from spark3r_ros.backbone.encoder import Encoder, EncoderSpec
 from spark3r_ros.backbone.heads import DptHead
 from spark3r_ros.backbone.model import Geometry, Model, ModelSpec
-from spark3r_ros.backbone.preprocess import ResizeRule
 from spark3r_ros.backbone.trunk import DENSE, FRAME, GLOBAL, PassOptions, Trunk, TrunkSpec, describe
+from spark3r_ros.preprocess import ResizeRule
 
 SPEC = ModelSpec(
     name="vggt",

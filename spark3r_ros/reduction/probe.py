@@ -105,7 +105,7 @@ def sequence_from_frames(
         if index % stride:
             continue
         if preprocess is None:
-            preprocess = Preprocessor(frame, backbone.fit_size(*frame.image.shape[:2]))
+            preprocess = Preprocessor(frame, backbone.resize(*frame.image.shape[:2]))
         preprocess.check(frame)
         images.append(torch.from_numpy(preprocess(frame).rgb))
         if len(images) == num_frames:

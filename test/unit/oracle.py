@@ -14,6 +14,7 @@ import torch
 
 from spark3r_ros import geometry
 from spark3r_ros.frame import CameraModel, Frame, Gauge, Prediction
+from spark3r_ros.preprocess import Resize
 from training.paths import camera_path
 from training.scenes import Scene, camera_matrix
 
@@ -104,8 +105,8 @@ class Oracle:
         self.spec = SimpleNamespace(name="oracle")
         self.broken: set[int] = set()  # windows (by number of multi-frame pass) that answer nonsense
 
-    def fit_size(self, height: int, width: int) -> tuple[int, int]:
-        return height, width
+    def resize(self, height: int, width: int) -> Resize:
+        return Resize((0, 0, height, width), (height, width))
 
     def new_context(self, config, height: int, width: int) -> OracleContext:
         return OracleContext()

@@ -13,6 +13,7 @@ import torch
 from spark3r_ros.config import ReductionConfig
 from spark3r_ros.frame import Frame, Gauge, Prediction
 from spark3r_ros.geometry import apply_similarity_to_pose, se3_exp, similarity
+from spark3r_ros.preprocess import Resize
 from spark3r_ros.reduction import ForwardReduction, TokenLayout, sensitive_layers
 from spark3r_ros.reduction.probe import ProbeResult, ProbeSequence, change, plot, run_probe, sequence_from_frames
 
@@ -42,8 +43,8 @@ class FakeBackbone:
     def __init__(self) -> None:
         self.passes = 0
 
-    def fit_size(self, height: int, width: int) -> tuple[int, int]:
-        return height // 2, width // 2
+    def resize(self, height: int, width: int) -> Resize:
+        return Resize((0, 0, height, width), (height // 2, width // 2))
 
     def __call__(self, images: torch.Tensor, *, reduction: ReductionConfig | None, intrinsics: object) -> Prediction:
         self.passes += 1
