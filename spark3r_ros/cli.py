@@ -78,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="NAME", help="backbone (`spark3r models` lists them) or a weights file")
+    parser.add_argument("--model", metavar="NAME|PATH", help="backbone (`spark3r models` lists them) or a weights file")
+    parser.add_argument("--device", metavar="DEVICE", help="auto, cpu or cuda; short for --set model.device=DEVICE")
     parser.add_argument(
         "--set",
         action="append",
@@ -88,10 +89,11 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def build_config(settings: Sequence[str], model: str | None = None) -> Config:
+def build_config(settings: Sequence[str], model: str | None = None, device: str | None = None) -> Config:
     """The defaults with ``group.field=value`` texts applied; UsageError or ValueError names what is wrong."""
     defaults = {p.name: p.default for p in parameters(Config())}
-    values: dict[str, Any] = {} if model is None else {"model.name": model}
+    given = {"model.name": model, "model.device": device}
+    values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
@@ -118,7 +120,7 @@ def _map(options: argparse.Namespace) -> int:
     """Reconstruct a recording: writes trajectory.tum, map.ply, report.json and report.png."""
     from spark3r_ros.reconstructor import Reconstructor
 
-    config = build_config(options.set, options.model)
+    config = build_config(options.set, options.model, options.device)
     source = open_source(
         options.source, topic=options.topic, camera_info_topic=options.camera_info_topic, fps=options.fps
     )
@@ -253,7 +255,7 @@ def _probe(options: argparse.Namespace) -> int:
     from spark3r_ros.reconstructor import choose_device
     from spark3r_ros.reduction.probe import plot, run_probe, sequence_from_frames
 
-    config = build_config(options.set, options.model)
+    config = build_config(options.set, options.model, options.device)
     sources = [open_source(path) for path in options.sources]
     device = choose_device(config.model.device)
     backbone = load_backbone(config.model.name, config.model.checkpoint or None, device)

@@ -19,6 +19,9 @@ from spark3r_ros.reduction import sensitive_layers
 __all__ = ["Backbone", "load_backbone"]
 
 
+RANGE_SLACK = 0.01  # resampling may overshoot a little
+
+
 class Backbone:
     """A loaded model, ready for inference."""
 
@@ -74,9 +77,11 @@ class Backbone:
             intrinsics: [3, 3] known K in pixels of the images.
 
         Raises:
-            ValueError: images of a shape or size that the model does not accept.
+            ValueError: images of a shape, size, type or range that the model does not accept; intrinsics not [3, 3].
         """
         self._check(images)
+        if intrinsics is not None and intrinsics.shape != (3, 3):
+            raise ValueError(f"intrinsics must be [3, 3], got {list(intrinsics.shape)}")
         images = images.to(self.device)
         motion = self.model.motion(images, previous)
         known = None if intrinsics is None else intrinsics.to(self.device, torch.float32).expand(1, len(images), 3, 3)
@@ -107,6 +112,11 @@ class Backbone:
                 f"{self.spec.name} takes sides that are multiples of {patch}, got {width}x{height}; "
                 f"resize to {near[1]}x{near[0]} (backbone.resize)"
             )
+        if not images.is_floating_point():
+            raise ValueError(f"images must be floating point in [0, 1], got {images.dtype}; divide bytes by 255")
+        low, high = (float(value) for value in images.aminmax())
+        if not (low > -RANGE_SLACK and high < 1 + RANGE_SLACK):  # also false for NaN
+            raise ValueError(f"images must be in [0, 1], got {low:g} to {high:g}")
 
 
 def load_backbone(
@@ -120,9 +130,11 @@ def load_backbone(
         device: where it runs; nothing else changes between CPU and CUDA.
 
     Raises:
-        ValueError: unknown name; ``CheckpointError`` (a ValueError) for weights that are missing, damaged or of another
-            model, with the remedy.
+        ValueError: unknown name, a GPU that is not there; ``CheckpointError`` (a ValueError) for weights that are
+            missing, damaged or of another model, with the remedy.
     """
     from spark3r_ros.backbone.registry import load_model  # registry knows all families, they know Backbone's parts
 
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device} was asked for, but torch {torch.__version__} finds no GPU; use cpu or auto")
     return Backbone(load_model(name, checkpoint), device)

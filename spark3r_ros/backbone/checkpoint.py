@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,13 @@ Rename = tuple[str, str | Callable[[re.Match[str]], str]]
 State = dict[str, Tensor]
 
 
+# What readers run into where bytes of a file are wrong.
+_DAMAGE = (
+    RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError,
+    AssertionError, struct.error, zipfile.BadZipFile,
+)  # fmt: skip
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used as it is."""
 
@@ -37,6 +45,12 @@ class KeyMap:
     marker: str  # part of a key that only this family's files have
     finish: Callable[[State], State] | None = None  # what renaming alone cannot do
     constants: tuple[tuple[str, tuple[float, ...]], ...] = ()  # patterns of whole keys, and the values built in here
+
+    def rename(self, key: str) -> str:
+        """Our name of one of the file's keys."""
+        for pattern, replacement in self.renames:
+            key = re.sub(pattern, replacement, key)
+        return key
 
 
 def dpt_renames(head: str) -> tuple[Rename, ...]:
@@ -70,15 +84,16 @@ def read_checkpoint(path: str | Path) -> State:
     Raises:
         CheckpointError: the file is missing, damaged, of another kind, or unsafe.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}")
+        found = "a folder, not a weights file, is at" if path.is_dir() else "no checkpoint at"
+        raise CheckpointError(f"{found} {path}")
     with path.open("rb") as file:
         head = file.read(16)
     if head[8:9] == b"{":  # safetensors: eight bytes of length, then JSON
         try:
             return load_file(path)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, *_DAMAGE) as error:
             raise CheckpointError(f"{path} is damaged or cut short ({error}); fetch it again") from error
     if not head.startswith((b"PK", b"\x80")):
         raise CheckpointError(f"{path} is neither a safetensors nor a PyTorch file, it starts with {head!r}")
@@ -86,7 +101,7 @@ def read_checkpoint(path: str | Path) -> State:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} is refused: it holds more than tensors ({_first_line(error)})") from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except _DAMAGE as error:
         raise CheckpointError(f"{path} is damaged or cut short ({_first_line(error)}); fetch it again") from error
     return _unwrap(content, path)
 
@@ -115,9 +130,7 @@ def convert(state: Mapping[str, Tensor], keys: KeyMap) -> State:
     _check_constants(state, keys)
     renamed: State = {}
     for key in state.keys() - set(skipped) - constant:
-        name = key
-        for pattern, replacement in keys.renames:
-            name = re.sub(pattern, replacement, name)
+        name = keys.rename(key)
         if name in renamed:
             raise CheckpointError(f"two tensors of the checkpoint are named {name}")
         renamed[name] = state[key]
@@ -134,21 +147,33 @@ def _check_constants(state: Mapping[str, Tensor], keys: KeyMap) -> None:
                     raise CheckpointError(f"{key} is {have.tolist()}, this package was written for {list(values)}")
 
 
-def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+def differences(
+    expected: Mapping[str, Tensor], state: Mapping[str, Tensor], file_names: Mapping[str, str] | None = None
+) -> dict[str, list[str]]:
+    """Keys by what is wrong with them, named as in the file where ``file_names`` knows it: ours to the file's."""
+    names = file_names or {}
+    shapes = {key: (list(state[key].shape), list(expected[key].shape)) for key in expected.keys() & state.keys()}
+    return {
+        "unknown": sorted(names.get(key, key) for key in state.keys() - expected.keys()),
+        "missing": sorted(expected.keys() - state.keys()),
+        "misshapen": sorted(
+            f"{names.get(key, key)} has shape {a} instead of {b}" for key, (a, b) in shapes.items() if a != b
+        ),
+    }
+
+
+def load_strictly(
+    model: nn.Module, state: Mapping[str, Tensor], source: str, file_names: Mapping[str, str] | None = None
+) -> None:
     """Give a model built on the meta device these tensors as its own, in float32.
 
     Raises:
-        CheckpointError: missing, unknown, misshapen or non-finite tensors, all listed.
+        CheckpointError: missing, unknown, misshapen or non-finite tensors, all listed; see ``differences``.
     """
-    expected = model.state_dict()
-    shapes = {key: (list(state[key].shape), list(expected[key].shape)) for key in expected.keys() & state.keys()}
-    wrong = {
-        "unknown": sorted(state.keys() - expected.keys()),
-        "missing": sorted(expected.keys() - state.keys()),
-        "misshapen": sorted(f"{key} has shape {a} instead of {b}" for key, (a, b) in shapes.items() if a != b),
-    }
+    wrong = differences(model.state_dict(), state, file_names)
     if not any(wrong.values()):
-        wrong["not finite"] = sorted(key for key in state if not torch.isfinite(state[key]).all())
+        names = file_names or {}
+        wrong["not finite"] = sorted(names.get(key, key) for key in state if not torch.isfinite(state[key]).all())
     if any(wrong.values()):
         raise CheckpointError(f"{source} does not fit: {_listed(wrong)}")
     model.load_state_dict({k: v.float() for k, v in state.items()}, strict=True, assign=True)
@@ -168,10 +193,12 @@ def special_tokens(*names: str) -> Callable[[State], State]:
     """A ``finish`` that joins camera and register tokens [1, variants, n, C] to ``trunk.special``."""
 
     def finish(state: State) -> State:
-        parts = [state.pop(name) for name in names if name in state]
-        if len(parts) == len(names):
+        parts = [state[name] for name in names if name in state and state[name].ndim >= 3]
+        if len(parts) == len(names) and len({(p.shape[1], p.shape[-1]) for p in parts}) == 1:
             # [1, variants, n, C], or [1, variants, C] for a single token, to [variants, n, C]
             state["trunk.special"] = torch.cat([p.reshape(p.shape[1], -1, p.shape[-1]) for p in parts], dim=1)
-        return state
+            for name in names:
+                del state[name]
+        return state  # tokens that do not fit each other are left to be reported
 
     return finish

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spark3r_ros.backbone.cameras import SinglePassCamera, decode_world_to_camera
-from spark3r_ros.backbone.checkpoint import AGGREGATOR_RENAMES, KeyMap, State, special_tokens
+from spark3r_ros.backbone.checkpoint import AGGREGATOR_RENAMES, CheckpointError, KeyMap, State, special_tokens
 from spark3r_ros.backbone.encoder import Encoder, EncoderSpec
 from spark3r_ros.backbone.heads import Dpt, in_chunks, place_embedding
 from spark3r_ros.backbone.model import Geometry, Model, ModelSpec
@@ -31,9 +31,12 @@ SPEC = ModelSpec(
 
 def finish(state: State) -> State:
     """Apply the masks of the key biases, which are stored beside them, and join the special tokens."""
-    for key in [key for key in state if key.endswith(".bias_mask")]:
-        bias = key.removesuffix("_mask")
-        state[bias] = state[bias] * state.pop(key)
+    for bias in [key for key in state if key.endswith(".qkv.bias")]:
+        mask = state.get(bias + "_mask")
+        if mask is None:
+            raise CheckpointError(f"{bias}_mask is missing: without it the biases of the keys would be wrong")
+        if mask.shape == state[bias].shape:  # otherwise both are left to be reported
+            state[bias] = state[bias] * state.pop(bias + "_mask")
     return special_tokens("aggregator.camera_token", "aggregator.register_token")(state)
 
 

@@ -332,7 +332,8 @@ class Pi3X(Pi3):
         return grid[0] * patch, grid[1] * patch
 
     def _scale(self, tokens: Tokens, T_world_camera: Tensor, xyz: Tensor) -> tuple[Tensor, Tensor]:
-        metres = self.metric(tokens.taps[0].flatten(1, 2)).float()  # [B]
+        with torch.autocast(tokens.taps[0].device.type, enabled=False):  # one number scales everything: no rounding
+            metres = self.metric(tokens.taps[0].flatten(1, 2).float())  # [B]
         scaled = torch.cat([T_world_camera[..., :3, :3], T_world_camera[..., :3, 3:] * metres[:, None, None, None]], -1)
         T_world_camera = torch.cat([scaled, T_world_camera[..., 3:, :]], dim=-2)
         return T_world_camera, xyz * metres[:, None, None, None, None]

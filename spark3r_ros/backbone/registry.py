@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from spark3r_ros.backbone import da3, nano, omega, pi3, vggt
-from spark3r_ros.backbone.checkpoint import CheckpointError, KeyMap, convert, load_strictly, read_checkpoint
+from spark3r_ros.backbone.checkpoint import (
+    CheckpointError,
+    KeyMap,
+    convert,
+    differences,
+    load_strictly,
+    read_checkpoint,
+)
 from spark3r_ros.backbone.download import Weights, by_hand, cached_path, download
 from spark3r_ros.backbone.model import Model, ModelSpec
 
@@ -168,28 +175,41 @@ def load_model(name: str, checkpoint: str | Path | Mapping[str, Tensor] | None) 
     Raises:
         ValueError: unknown name; CheckpointError, a ValueError: weights missing or unfit.
     """
-    if name not in MODELS and checkpoint is None and Path(name).is_file():
-        state = read_checkpoint(name)
-        source, name = name, identify(state, name)
-    elif isinstance(checkpoint, Mapping):
-        find(name)
+    given = name
+    if isinstance(checkpoint, Mapping):
         source, state = "the given checkpoint", dict(checkpoint)
     else:
-        path = weights_path(name) if checkpoint is None else Path(checkpoint)
-        if checkpoint is None and not path.is_file():
-            if name == "nano":  # until its weights are trained
-                log.warning("nano runs on random weights")
-                return nano.Nano(nano.SPEC)
-            raise CheckpointError(_missing(name))
-        find(name)
+        path = _find_file(name, checkpoint)
         source, state = str(path), read_checkpoint(path)
-    entry = MODELS[name]
-    if entry.keys.marker and not any(entry.keys.marker in key for key in state):
+        if name not in MODELS and checkpoint is None:
+            name = identify(state, source)
+    entry = find(name)
+    if not any(entry.keys.marker in key for key in state):
         raise CheckpointError(f"{source} is not of {name}{_looks_like(state)}")
     model = skeleton(entry)
-    load_strictly(model, convert(state, entry.keys), f"{source} ({name})")
-    log.info("%s: weights under %s", name, licence(entry))
+    file_names = {entry.keys.rename(key): key for key in state}
+    load_strictly(model, convert(state, entry.keys), f"{source} ({name})", file_names)
+    log.info("%s: weights under %s", name, licence(entry) if given == name else _possible_licences(entry))
     return model
+
+
+def _find_file(name: str, checkpoint: str | Path | None) -> Path:
+    """The weights file that is meant, there or not; a name with a dot or a slash is a path."""
+    if checkpoint is not None:
+        find(name)
+        return Path(checkpoint)
+    if name not in MODELS and ("/" in name or "." in name):
+        return Path(name)
+    path = weights_path(name)
+    if not path.is_file():
+        raise CheckpointError(_missing(name))
+    return path
+
+
+def _possible_licences(entry: Entry) -> str:
+    """Of all models with this architecture: from a file alone they cannot be told apart."""
+    same = {name: licence(other) for name, other in MODELS.items() if other.spec is entry.spec}
+    return " or ".join(same.values() if len(same) == 1 else (f"{text} ({name})" for name, text in same.items()))
 
 
 def _missing(name: str) -> str:
@@ -211,9 +231,13 @@ def _looks_like(state: Mapping[str, Tensor]) -> str:
 
 
 def identify(state: Mapping[str, Tensor], source: str) -> str:
-    """The name of the model whose tensors these are, by names and shapes."""
-    for name in _candidates(state):
-        expected = {key: value.shape for key, value in skeleton(MODELS[name]).state_dict().items()}
-        if {key: value.shape for key, value in convert(state, MODELS[name].keys).items()} == expected:
-            return name
-    raise CheckpointError(f"{source} does not fit any model{_looks_like(state)}; known are {', '.join(MODELS)}")
+    """The name of the model whose tensors these are, or, when something is wrong with them, of the closest one."""
+
+    def num_differences(name: str) -> int:
+        wrong = differences(skeleton(MODELS[name]).state_dict(), convert(state, MODELS[name].keys))
+        return sum(len(keys) for keys in wrong.values())
+
+    candidates = _candidates(state)
+    if not candidates:
+        raise CheckpointError(f"{source} does not fit any model; known are {', '.join(MODELS)}")
+    return min(candidates, key=num_differences)

@@ -6,6 +6,7 @@ reconstruction, and publishes what comes of it. Services wait for the worker wit
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import time
@@ -436,6 +437,7 @@ class Spark3rNode(LifecycleNode):
 
 def main(args: list[str] | None = None, make_reconstructor: Factory = load_reconstructor) -> int:
     """Entry point ``spark3r_node``: a node that configures and activates itself unless autostart is off."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")  # of the parts without ROS
     rclpy.init(args=args)
     node = None
     try:

@@ -66,6 +66,25 @@ def test_first_frame_tokens_in_a_later_window_break_it(family):
     assert largest_difference(wrong, one_pass(model, frames)) > 0.05
 
 
+def test_the_reference_of_da3_is_the_first_frame_and_stays():
+    """Alone it would choose another; in a stream the first keeps the gauge, however many windows follow."""
+    model = tiny_model("da3")
+    frames = images(5, *size(model))
+    with torch.inference_mode():
+        free = model(frames[None]).T_world_camera
+        pinned = model(frames[None], PassOptions(window_ids=torch.zeros(5, dtype=torch.long))).T_world_camera
+    assert float((free - pinned).abs().max()) > 0.01
+    backbone = Backbone(model)
+    context = backbone.new_context(ContextConfig(frames=3), *frames.shape[-2:])
+    torch.testing.assert_close(backbone(frames, context=context).T_world_camera, pinned[0], rtol=0, atol=2e-5)
+    context.commit(range(5), range(5))
+    for window in range(1, 5):
+        backbone(images(5, *size(model), seed=window), context=context)
+        context.commit(range(5), range(5 * window, 5 * window + 5))
+        assert 0 in context.frame_ids
+        assert len(context.frame_ids) == 3
+
+
 def test_pi3_is_permutation_equivariant():
     model = tiny_model("pi3")
     frames = images(5, *size(model))

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import images, tiny_model, tiny_spec
 
-from spark3r_ros.backbone import Backbone, da3, omega, pi3, vggt
+from benchmarks.parity import weights
+from spark3r_ros.backbone import Backbone, da3, load_backbone, omega, pi3, vggt
 from spark3r_ros.backbone.blocks import SwiGlu
 from spark3r_ros.backbone.cameras import decode_world_to_camera
-from spark3r_ros.backbone.checkpoint import CheckpointError, convert, load_strictly
+from spark3r_ros.backbone.checkpoint import CheckpointError, convert, differences, load_strictly
 from spark3r_ros.backbone.encoder import Encoder, EncoderSpec
 from spark3r_ros.backbone.registry import MODELS, identify, skeleton
 
@@ -37,6 +39,11 @@ def test_1_omega_key_biases_are_masked():
     state = convert({prefix + "bias": torch.tensor([2.0, 3.0, 4.0]), prefix + "bias_mask": mask}, omega.KEYS)
     assert list(state) == ["trunk.blocks.6.attn.qkv.bias"]
     assert state["trunk.blocks.6.attn.qkv.bias"].tolist() == [2, 0, 4]
+
+
+def test_1_a_missing_mask_is_an_error():
+    with pytest.raises(CheckpointError, match="qkv.bias_mask is missing"):
+        convert({"camera_head.trunk.0.attn.qkv.bias": torch.ones(3)}, omega.KEYS)
 
 
 def test_1_a_mask_that_was_never_filled_is_an_error():
@@ -77,6 +84,55 @@ def test_4_da3_stores_a_shared_norm_once(shared):
     for key in copies:
         del state[key]
     assert shapes(convert(state, da3.KEYS)) == expected("da3-small")
+
+
+def test_3_and_4_the_hub_file_of_da3_small_as_a_user_has_it(shared, tmp_path, caplog):
+    """Prefixed keys, the shared norm stored once, parts that inference does not use; opened by its path alone."""
+    golden = shared("golden")
+    state = weights(golden, "da3-small")
+    copies = {f"head.scratch.output_conv2_aux.{i}.2.{leaf}" for i in (1, 2, 3) for leaf in ("weight", "bias")}
+    path = tmp_path / "model.safetensors"
+    save_file({"model." + key: value for key, value in state.items() if key not in copies}, path)
+    with caplog.at_level("INFO"):
+        backbone = load_backbone(str(path))
+    assert backbone.spec.name == "da3-small"
+    assert "da3-small: weights under Apache-2.0" in caplog.text
+    frames = images(3, 56, 70)
+    assert (backbone(frames).depth == load_backbone("da3-small", state)(frames).depth).all()
+
+    more = {"model." + key: value for key, value in state.items()}
+    more.update({"model.backbone.pretrained.blocks.0.extra": torch.zeros(1), "config": torch.zeros(1)})
+    save_file(more, path)
+    with pytest.raises(CheckpointError, match="2 unknown: config, model.backbone.pretrained.blocks.0.extra$"):
+        load_backbone(str(path))
+
+
+@pytest.mark.parametrize("name", ["da3-small", "da3metric-large", "vggt", "pi3x", "omega"])
+def test_5_every_lost_or_misshapen_tensor_is_noticed(shared, name):
+    """One key at a time, of every part of the original checkpoint: lost, or of another shape."""
+    state, keys = manifest(shared, name), MODELS[name].keys
+    for pattern, values in keys.constants:
+        state.update({key: torch.tensor(values) for key in state if re.fullmatch(pattern, key)})
+    wanted = skeleton(MODELS[name]).state_dict()
+    kinds = {}
+    for key in state:
+        kinds.setdefault(re.sub(r"\d+", "#", key), key)  # one of each kind
+    assert len(kinds) > 25
+    for key in kinds.values():
+        unused = any(re.fullmatch(pattern, key) for pattern in (*keys.unused, *(p for p, _ in keys.constants)))
+        for change in ("lost", "misshapen"):
+            broken = dict(state)
+            if change == "lost":
+                del broken[key]
+            elif any(re.fullmatch(pattern, key) for pattern, _ in keys.constants):
+                continue  # its values are compared: test_2 and test_9
+            else:
+                broken[key] = torch.empty(3, *state[key].shape, device="meta")
+            try:
+                wrong = differences(wanted, convert(broken, keys))
+            except CheckpointError:
+                continue
+            assert bool(any(wrong.values())) is not unused, (key, change)
 
 
 def test_5_da3_variants_are_told_apart_without_config_json(shared):

@@ -3,6 +3,7 @@
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -103,9 +104,40 @@ def test_other_files(tmp_path, content):
         read_checkpoint(path)
 
 
-def test_missing_file(tmp_path):
-    with pytest.raises(CheckpointError, match="no checkpoint at"):
-        load_backbone("nano", tmp_path / "none.pt")
+@pytest.mark.parametrize("name", ["./weights", "weights.pt", "/nowhere/da3-small.safetensors"])
+def test_missing_file(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=f"no checkpoint at .*{Path(name).name}"):
+        load_backbone("nano", name)
+    with pytest.raises(CheckpointError, match=f"no checkpoint at .*{Path(name).name}"):
+        load_backbone(name)
+
+
+def test_a_folder_is_not_a_weights_file(tmp_path):
+    with pytest.raises(CheckpointError, match="a folder, not a weights file, is at"):
+        load_backbone(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "pickle"])
+def test_damaged_bytes_never_end_in_another_error(tmp_path, kind):
+    """What describes the tensors is damaged in many places; a file is read or refused, by one kind of error."""
+    path, rng = tmp_path / "weights", np.random.default_rng(0)
+    tensors = {f"layer.{i}.weight": torch.zeros(2, 3) for i in range(4)}
+    if kind == "safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=kind == "zip")
+    data, refused = path.read_bytes(), 0
+    for _ in range(200):
+        damaged = bytearray(data)
+        for place in rng.integers(0, len(data), 3):
+            damaged[place] = rng.integers(256)
+        path.write_bytes(damaged if rng.random() < 0.5 else damaged[: rng.integers(1, len(data))])
+        try:
+            read_checkpoint(path)
+        except CheckpointError:
+            refused += 1
+    assert refused > 60
 
 
 def test_pytorch_file_without_tensors(tmp_path):
@@ -143,6 +175,26 @@ def test_weights_of_another_model_are_named(state):
         load_backbone("vggt", state)
     with pytest.raises(CheckpointError, match="does not fit any model"):
         identify({"weight": torch.zeros(1)}, "file")
+
+
+def test_what_is_wrong_with_a_file_of_unknown_name_is_listed(tmp_path, state):
+    wrong = {**state, "trunk.more": torch.zeros(1)}
+    save_file(wrong, tmp_path / "more.safetensors")
+    with pytest.raises(CheckpointError, match=r"more\.safetensors \(nano\) does not fit: 1 unknown: trunk\.more"):
+        load_backbone(str(tmp_path / "more.safetensors"))
+
+
+def test_the_licence_is_said_at_load(state, caplog):
+    with caplog.at_level("INFO"):
+        load_backbone("nano", state)
+    assert "nano: weights under Apache-2.0" in caplog.text
+
+
+def test_a_gpu_that_is_not_there():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match="device cuda was asked for, but torch .* finds no GPU; use cpu or auto"):
+        load_backbone("nano", device="cuda")
 
 
 def test_unknown_name():

@@ -1,12 +1,14 @@
 """spark3r map: every frame is pushed, every outcome is counted, every mistake is one clear line."""
 
 import json
+import shutil
 
 import cv2
 import numpy as np
 import pytest
 
 from spark3r_ros import cli, reconstructor
+from spark3r_ros.backbone.registry import EMBEDDED
 from spark3r_ros.config import Config
 from spark3r_ros.export import read_tum
 from spark3r_ros.frame import FramePose, PointBatch, ScaleEstimate, TrackingState, Update
@@ -112,6 +114,21 @@ def test_settings_take_the_type_of_the_default():
     assert (config.window.size, config.context.budget_mb, config.loops.enabled) == (12, 64.0, False)
     assert config.model.name == "vggt"
     assert cli.build_config([]) == Config()
+
+
+def test_a_weights_file_and_a_device_of_ones_own(images, tmp_path, capsys, caplog):
+    """--model takes a path, and says under which licence its weights are."""
+    path = tmp_path / "mine.safetensors"
+    shutil.copy(EMBEDDED, path)
+    assert cli.build_config([], device="cuda").model.device == "cuda"
+    with caplog.at_level("INFO"):
+        status = cli.main(["map", str(images), "--out", str(tmp_path / "out"), "--model", str(path), "--device", "cpu"])
+    assert status == 0
+    assert "nano: weights under Apache-2.0" in caplog.text
+    assert "5 frames in, 5 poses out" in capsys.readouterr().out
+    command = ["map", str(images), "--out", str(tmp_path / "out"), "--model", str(tmp_path / "no.safetensors")]
+    assert cli.main(command) == 1
+    assert "spark3r: no checkpoint at" in capsys.readouterr().err
 
 
 def test_models_are_listed_with_licences(capsys):
