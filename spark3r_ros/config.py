@@ -163,6 +163,11 @@ class LoopConfig(_Group):
     enabled: bool = param(True, "look for places seen before and correct the map")
     min_gap: int = param(20, "keyframes that must lie between two sights of a place for a loop", ge=1, le=100000)
     candidates: int = param(3, "similar places that are compared with each new keyframe", ge=1, le=100)
+    max_nodes: int = param(300, "nodes of the pose graph; longer paths get longer steps", ge=10, le=100000)
+    max_places: int = param(
+        1000, "places that are remembered; of the two that look from the nearest positions the newer goes",
+        ge=10, le=1000000,
+    )  # fmt: skip
     corners: int = param(400, "described corners that a keyframe remembers", ge=50, le=5000)
     min_inliers: int = param(25, "corners that must agree on where the camera stands", ge=6, le=1000)
     max_scale_spread: float = param(

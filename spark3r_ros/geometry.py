@@ -140,6 +140,13 @@ def interpolate_pose(T0: np.ndarray, T1: np.ndarray, ratio: float) -> np.ndarray
     return make_T(R, (1 - ratio) * T0[:3, 3] + ratio * T1[:3, 3])
 
 
+def interpolate_similarity(S0: np.ndarray, S1: np.ndarray, ratio: float) -> np.ndarray:
+    """Similarity between S0 (ratio 0) and S1 (ratio 1): as ``interpolate_pose``, and linear in log scale."""
+    s0, s1 = scale_of(S0), scale_of(S1)
+    T0, T1 = make_T(S0[:3, :3] / s0, S0[:3, 3]), make_T(S1[:3, :3] / s1, S1[:3, 3])
+    return similarity(float(s0 ** (1 - ratio) * s1**ratio), interpolate_pose(T0, T1, ratio))
+
+
 def umeyama(source: np.ndarray, target: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """Weighted least-squares similarity [4, 4] from points [N, 3] to points [N, 3] (Umeyama 1991, trace form)."""
     w = np.ones(len(source)) if weights is None else np.asarray(weights, dtype=float)

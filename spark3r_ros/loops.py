@@ -1,13 +1,15 @@
 """Loop closure: which sightings of old places are believed, and the pose graph that they correct.
 
-Nodes are keyframes as similarities ``S_map_keyframe``; consecutive keyframes are joined by what was measured when they
-were solved, sightings join distant ones. Only sightings are robust (Cauchy): they alone can be false.
+Keyframes are similarities ``S_map_keyframe``; consecutive ones are joined by what was measured when they were solved,
+sightings join distant ones. Only sightings are robust (Cauchy): they alone can be false. What is solved is a graph of
+few anchors (``condense``), whose corrections are then handed to the keyframes between them (``spread``): so its time
+is bounded however long the path becomes.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -15,7 +17,8 @@ import numpy as np
 
 from spark3r_ros import geometry
 from spark3r_ros.config import LoopConfig
-from spark3r_ros.places import Place, PlaceStore, recognise
+from spark3r_ros.places import PlaceStore, recognise
+from spark3r_ros.windows import Keyframe
 
 logger = logging.getLogger(__name__)
 
@@ -55,16 +58,18 @@ def loop_edge(first: int, second: int, S_first_second: np.ndarray, depth: float)
     return Edge(first, second, S_first_second, sigmas, is_loop=True)
 
 
-def is_plausible(loop: Edge, S_map: dict[int, np.ndarray], path_length: float, config: LoopConfig) -> bool:
+def is_plausible(
+    loop: Edge, S_map_first: np.ndarray, S_map_second: np.ndarray, path_length: float, config: LoopConfig
+) -> bool:
     """Whether the drift that a loop implies is one that the path between its ends can have gathered.
 
     ``path_length``: of the path from one end to the other, in map units.
     """
-    drift = geometry.inverse(loop.S_first_second) @ geometry.inverse(S_map[loop.first]) @ S_map[loop.second]
+    drift = geometry.inverse(loop.S_first_second) @ geometry.inverse(S_map_first) @ S_map_second
     scale = float(geometry.scale_of(drift))
     rotation = float(geometry.rotation_angle(drift[:3, :3] / scale))
-    there = S_map[loop.first] @ loop.S_first_second
-    shift = float(np.linalg.norm(there[:3, 3] - S_map[loop.second][:3, 3]))
+    there = S_map_first @ loop.S_first_second
+    shift = float(np.linalg.norm(there[:3, 3] - S_map_second[:3, 3]))
     allowed = config.max_cycle_translation * path_length + 3 * loop.sigmas[1]
     good = abs(np.log(scale)) <= config.max_cycle_scale and rotation <= config.max_cycle_rotation and shift <= allowed
     if not good:
@@ -98,42 +103,40 @@ class LoopCloser:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loops")
         self._running: Future[dict[int, np.ndarray]] | None = None
 
-    def search(
-        self, query: Place, S_map: dict[int, np.ndarray], path: np.ndarray, depth: float, unconnected_from: int | None
-    ) -> Edge | None:
+    def search(self, query: Keyframe, keyframes: Mapping[int, Keyframe], unconnected_from: int | None) -> Edge | None:
         """Look for an earlier sight of a new keyframe's place and add it to the graph.
 
         Args:
-            query: the new keyframe's place, not yet in the store.
-            S_map: similarities of all keyframes, the new one included.
-            path: [max id + 1] length of the path up to each keyframe, map units.
-            depth: median distance of the scene, in the new keyframe's units.
+            query: the new keyframe; its place is not in the store yet.
+            keyframes: all keyframes.
             unconnected_from: first keyframe of a segment that hangs on nothing: a sight of anything older says where it
                 is, so there is no drift that could be implausible.
         """
-        node = query.keyframe_id
-        if node - self._last_loop < self.SPACING:
+        assert query.place is not None
+        if query.id - self._last_loop < self.SPACING:
             return None
-        before = node - self.config.min_gap if unconnected_from is None else unconnected_from
-        candidates = self.places.similar(query.descriptor, self.config.candidates, self.SPACING, before)
-        sightings = [s for s in (recognise(query, c, self.config) for c in candidates) if s is not None]
+        before = query.id - self.config.min_gap if unconnected_from is None else unconnected_from
+        candidates = self.places.similar(query.place.descriptor, self.config.candidates, self.SPACING, before)
+        sightings = [s for s in (recognise(query.place, c, self.config) for c in candidates) if s is not None]
         for seen in sorted(sightings, key=lambda s: -s.num_inliers):
-            first = seen.place.keyframe_id
-            edge = loop_edge(first, node, seen.S_place_query, depth * float(np.exp(seen.log_scale)))
-            length = float(path[node] - path[first])
-            plausible = unconnected_from is not None or is_plausible(edge, S_map, length, self.config)
+            first = keyframes[seen.place.keyframe_id]
+            edge = loop_edge(first.id, query.id, seen.S_place_query, query.median_depth * float(np.exp(seen.log_scale)))
+            ends = first.S_map_keyframe, query.S_map_keyframe
+            plausible = unconnected_from is not None or is_plausible(
+                edge, *ends, query.travelled - first.travelled, self.config
+            )
             if np.isfinite(seen.scale_spread) and plausible:
-                self._take(edge, S_map)
+                self._take(edge, *ends)
                 return edge
             self.num_refused += 1
         return None
 
-    def _take(self, edge: Edge, S_map: dict[int, np.ndarray]) -> None:
+    def _take(self, edge: Edge, S_map_first: np.ndarray, S_map_second: np.ndarray) -> None:
         self.edges.append(edge)
         self.num_loops += 1
         self._unsolved += 1
         self._last_loop = edge.second
-        off = geometry.inverse(edge.S_first_second) @ geometry.inverse(S_map[edge.first]) @ S_map[edge.second]
+        off = geometry.inverse(edge.S_first_second) @ geometry.inverse(S_map_first) @ S_map_second
         r, t, s = edge.sigmas
         whitened = np.abs(_log(off[None])[0]) / np.array([r] * 3 + [t] * 3 + [s])
         self._urgent |= bool(whitened.max() > self.TOLERATED)
@@ -150,7 +153,7 @@ class LoopCloser:
 
     def submit(self, S_map: dict[int, np.ndarray]) -> None:
         self._unsolved, self._urgent = 0, False
-        self._running = self._pool.submit(optimise, S_map, list(self.edges))
+        self._running = self._pool.submit(correct, S_map, list(self.edges), self.config.max_nodes)
 
     def collect(self) -> dict[int, np.ndarray]:
         """The solution that was started last; waits for it."""
@@ -161,6 +164,114 @@ class LoopCloser:
     def close(self) -> None:
         """Let the background thread end."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def forget_places(self, keyframes: Mapping[int, Keyframe]) -> None:
+        """Keep the number of places bounded: of the two that stand closest the newer one goes, except the latest."""
+        excess = len(self.places) - self.config.max_places
+        if excess <= 0:
+            return
+        known = sorted(self.places.ids)
+        old = known[: max(2, len(known) - self.config.min_gap)]
+        apart = _distances([keyframes[i] for i in old])  # [K, K]; each pair counts for its newer member
+        for _ in range(min(excess, len(old) - 1)):
+            row = int(np.argmin(apart.min(axis=1)))
+            self.places.remove(old[row])
+            keyframes[old[row]].place = None
+            apart[row] = apart[:, row] = np.inf
+
+
+def _distances(keyframes: Sequence[Keyframe]) -> np.ndarray:
+    """How far views are apart [K, K]: shift over the scene's distance plus radians; the upper half is infinite."""
+    position = np.stack([k.T_map_camera[:3, 3] for k in keyframes])
+    axis = np.stack([k.T_map_camera[:3, 2] for k in keyframes])
+    depth = np.array([k.median_depth * k.scale for k in keyframes])
+    squared = np.sum(position**2, axis=1)
+    shift = np.sqrt(np.maximum(squared[:, None] + squared - 2 * position @ position.T, 0.0))
+    apart = shift / np.minimum(depth[:, None], depth) + np.arccos(np.clip(axis @ axis.T, -1.0, 1.0))
+    apart[np.triu_indices(len(keyframes))] = np.inf
+    return apart
+
+
+# -- the graph ---------------------------------------------------------------------------------------------------------
+
+
+def correct(S_map: Mapping[int, np.ndarray], edges: Sequence[Edge], max_nodes: int) -> dict[int, np.ndarray]:
+    """Similarities [4, 4] of all keyframes that agree best with the edges, found with at most ``max_nodes`` anchors."""
+    anchor_of, condensed = condense(S_map, edges, max_nodes)
+    anchors = {a for pair in anchor_of.values() for a in pair}
+    solved = optimise({i: S_map[i] for i in sorted(anchors)}, condensed)
+    return spread(S_map, anchor_of, solved)
+
+
+ANCHOR_STEP = 5  # keyframes between two anchors, about one window
+
+
+def condense(
+    S_map: Mapping[int, np.ndarray], edges: Sequence[Edge], max_nodes: int
+) -> tuple[dict[int, tuple[int, int]], list[Edge]]:
+    """Anchors of the graph: for each keyframe those before and behind it on its chain, and the edges between anchors.
+
+    Steps are chained; a sighting is moved along its steps to the anchors nearest to its ends, and of several between
+    the same anchors the newest counts.
+    """
+    steps = {e.second: e for e in edges if not e.is_loop and e.first == e.second - 1}
+    chains: list[list[int]] = []
+    for i in sorted(S_map):
+        if i in steps and chains and chains[-1][-1] == i - 1:
+            chains[-1].append(i)
+        else:
+            chains.append([i])
+    stride = max(ANCHOR_STEP, -(-len(S_map) // max(1, max_nodes - 2 * len(chains))))
+    anchor_of: dict[int, tuple[int, int]] = {}
+    S_anchor_node: dict[int, tuple[int, np.ndarray]] = {}  # the nearer anchor of each node
+    condensed: list[Edge] = []
+    for chain in chains:
+        for start in range(0, max(1, len(chain) - 1), stride):
+            piece = chain[start : start + stride + 1]
+            first, last = piece[0], piece[-1]
+            S_first_node = [np.eye(4)]
+            for i in piece[1:]:
+                S_first_node.append(S_first_node[-1] @ steps[i].S_first_second)
+            for row, i in enumerate(piece):
+                anchor_of.setdefault(i, (first, last))
+                if 2 * row < len(piece):
+                    S_anchor_node.setdefault(i, (first, S_first_node[row]))
+                else:
+                    S_anchor_node[i] = (last, geometry.inverse(S_first_node[-1]) @ S_first_node[row])
+            if len(piece) > 1:
+                condensed.append(_chained([steps[i] for i in piece[1:]], S_first_node))
+    loops: dict[tuple[int, int], Edge] = {}
+    for e in edges:
+        if not e.is_loop:
+            continue
+        (first, S_first), (second, S_second) = S_anchor_node[e.first], S_anchor_node[e.second]
+        if first != second:
+            S = S_first @ e.S_first_second @ geometry.inverse(S_second)
+            loops[first, second] = Edge(first, second, S, e.sigmas, is_loop=True)
+    return anchor_of, condensed + list(loops.values())
+
+
+def _chained(steps: Sequence[Edge], S_first_node: Sequence[np.ndarray]) -> Edge:
+    """One edge for several steps; a turn in the middle also shifts what comes behind it."""
+    end = S_first_node[-1][:3, 3]
+    r, t, s = np.array([e.sigmas for e in steps]).T
+    lever = np.array([np.linalg.norm(end - S[:3, 3]) for S in S_first_node[1:]])
+    sigmas = tuple(float(np.sqrt(np.sum(v**2))) for v in (r, np.r_[t, r * lever], s))
+    return Edge(steps[0].first, steps[-1].second, S_first_node[-1], (sigmas[0], sigmas[1], sigmas[2]))
+
+
+def spread(
+    S_map: Mapping[int, np.ndarray], anchor_of: Mapping[int, tuple[int, int]], solved: Mapping[int, np.ndarray]
+) -> dict[int, np.ndarray]:
+    """Move every keyframe as the anchors before and behind it have moved, in proportion to how near they are."""
+    moved = {}
+    for i, (first, last) in anchor_of.items():
+        if i in solved:
+            moved[i] = solved[i]
+            continue
+        before, behind = (solved[a] @ geometry.inverse(S_map[a]) @ S_map[i] for a in (first, last))
+        moved[i] = geometry.interpolate_similarity(before, behind, (i - first) / (last - first))
+    return moved
 
 
 def optimise(S_map: dict[int, np.ndarray], edges: Sequence[Edge]) -> dict[int, np.ndarray]:

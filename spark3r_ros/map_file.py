@@ -24,7 +24,7 @@ from spark3r_ros.point_map import KeyframePoints
 from spark3r_ros.windows import Keyframe
 
 MAGIC = b"spark3r map\n"
-VERSION = 1
+VERSION = 2
 _HEADER = struct.Struct("<I32s")
 
 
@@ -84,8 +84,10 @@ def read(path: str | Path) -> SavedMap:
 
 
 def _pack(saved: SavedMap) -> bytes:
-    keyframes, places = saved.keyframes, [k.place for k in saved.keyframes if k.place is not None]
-    assert len(places) == len(keyframes), "only solved keyframes can be saved"
+    keyframes = saved.keyframes
+    assert all(k.is_solved for k in keyframes), "only solved keyframes can be saved"
+    channels = next((len(k.place.descriptor) for k in keyframes if k.place is not None), 0)
+    places = [k.place or _forgotten(k.id, channels) for k in keyframes]
     points = [saved.points.get(k.id, _no_points()) for k in keyframes]
     arrays = {
         "model": np.array(saved.model),
@@ -97,6 +99,7 @@ def _pack(saved: SavedMap) -> bytes:
         "T_map_camera": np.stack([k.T_map_camera for k in keyframes]) if keyframes else np.zeros((0, 4, 4)),
         "keyframe_scale": np.array([k.scale for k in keyframes]),
         "median_depth": np.array([k.median_depth for k in keyframes]),
+        "travelled": np.array([k.travelled for k in keyframes]),
         "descriptor": np.stack([p.descriptor for p in places]) if places else np.zeros((0, 0), np.float32),
         "num_corners": np.array([len(p.xy) for p in places], np.int64),
         "corner_xy": _join([p.xy for p in places], (0, 2), np.float32),
@@ -121,12 +124,14 @@ def _unpack(arrays: np.lib.npyio.NpzFile) -> SavedMap:
     clouds = _split(arrays["num_points"], arrays["point_xyz"], arrays["point_rgb"], arrays["point_confidence"])
     descriptors = arrays["descriptor"]
     T, scale, depth = arrays["T_map_camera"], arrays["keyframe_scale"], arrays["median_depth"]
+    travelled = arrays["travelled"]
     stamps, frame_ids = arrays["stamp_ns"].tolist(), arrays["frame_id"].tolist()
     keyframes = tuple(
         Keyframe(
             id=number, frame_index=-1, stamp_ns=stamps[i], frame_id=frame_ids[i], rgb=None, T_world_camera=T[i],
             T_map_camera=T[i], scale=float(scale[i]), median_depth=float(depth[i]),
-            place=Place(number, descriptors[i], *corners[i]),
+            travelled=float(travelled[i]), is_solved=True,
+            place=Place(number, descriptors[i], *corners[i]) if len(corners[i][0]) else None,
         )
         for i, number in enumerate(ids)
     )  # fmt: skip
@@ -140,6 +145,12 @@ def _unpack(arrays: np.lib.npyio.NpzFile) -> SavedMap:
     log_scale, sigma = arrays["scale"]
     estimate = ScaleEstimate(float(log_scale), float(sigma), str(arrays["scale_source"]))
     return SavedMap(str(arrays["model"]), estimate, keyframes, points, edges)
+
+
+def _forgotten(number: int, channels: int) -> Place:
+    """Stands for a place that was forgotten: nothing can be recognised by it."""
+    rows = np.zeros((0, 2), np.float32)
+    return Place(number, np.zeros(channels, np.float32), rows, rows[:, 0], np.zeros((0, 32), np.uint8))
 
 
 def _no_points() -> KeyframePoints:

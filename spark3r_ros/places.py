@@ -230,6 +230,13 @@ class PlaceStore:
     def __getitem__(self, keyframe_id: int) -> Place:
         return self._places[keyframe_id]
 
+    def __contains__(self, keyframe_id: int) -> bool:
+        return keyframe_id in self._places
+
+    @property
+    def ids(self) -> list[int]:
+        return list(self._places)
+
     def add(self, place: Place) -> None:
         if self._count == len(self._ids):
             more = max(64, self._count)
@@ -240,6 +247,13 @@ class PlaceStore:
         self._ids[self._count] = place.keyframe_id
         self._count += 1
         self._places[place.keyframe_id] = place
+
+    def remove(self, keyframe_id: int) -> None:
+        """Forget one place; the last one moves into its row."""
+        del self._places[keyframe_id]
+        self._count -= 1
+        row = int(np.flatnonzero(self._ids[: self._count + 1] == keyframe_id)[0])
+        self._descriptors[row], self._ids[row] = self._descriptors[self._count], self._ids[self._count]
 
     def similar(self, descriptor: np.ndarray, count: int, spacing: int, before: int | None = None) -> Sequence[Place]:
         """Places that look most alike, best first, no two within ``spacing`` keyframes; only ids below ``before``.

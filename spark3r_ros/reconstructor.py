@@ -453,22 +453,27 @@ class Reconstructor:
                 keyframe.id, descriptor, corners, dense, dense.K, self._preprocess.resize, PLACE_CONFIDENCE
             )
             keyframe.corners = None
-            before = self._keyframes.get(keyframe.id - 1)
-            if before is not None and before.segment == keyframe.segment and before.place is not None:
-                T = geometry.inverse(before.T_world_camera) @ keyframe.T_world_camera
-                doubt = link.sigma if link is not None and keyframe is new[0] else 0.0
-                self._loops.edges.append(step_edge(before.id, keyframe.id, T, keyframe.median_depth, doubt))
+            keyframe.is_solved = True
+            self._step(keyframe, link.sigma if link is not None and keyframe is new[0] else 0.0)
             if self.config.loops.enabled:
-                S_map, path = self._graph()
-                loop = self._loops.search(
-                    keyframe.place, S_map, path, keyframe.median_depth, self._unconnected_from
-                )  # fmt: skip
+                loop = self._loops.search(keyframe, self._keyframes, self._unconnected_from)
                 if loop is not None and self._unconnected_from is not None:
-                    self._connect(loop, S_map)
+                    self._connect(loop)
             self._tie(keyframe)
             self._places.add(keyframe.place)
+        self._loops.forget_places(self._keyframes)
         if self._loops.is_due:
-            self._loops.submit(self._graph()[0])
+            self._loops.submit({k.id: k.S_map_keyframe for k in self._keyframes.values() if k.is_solved})
+
+    def _step(self, keyframe: Keyframe, doubt: float) -> None:
+        """Join a new keyframe to the one before it; ``doubt``: sigma of log scale between their windows."""
+        before = self._keyframes.get(keyframe.id - 1)
+        if before is None:
+            return
+        T = geometry.inverse(before.T_world_camera) @ keyframe.T_world_camera
+        keyframe.travelled = before.travelled + keyframe.scale * float(np.linalg.norm(T[:3, 3]))
+        if before.segment == keyframe.segment and before.is_solved:
+            self._loops.edges.append(step_edge(before.id, keyframe.id, T, keyframe.median_depth, doubt))
 
     def _tie(self, keyframe: Keyframe) -> None:
         """A keyframe of a camera that was found again hangs on the place where it was found."""
@@ -478,25 +483,17 @@ class Reconstructor:
             S = geometry.inverse(place.S_map_keyframe) @ keyframe.S_map_keyframe
             self._loops.edges.append(loop_edge(place.id, keyframe.id, S, place.median_depth))
 
-    def _connect(self, loop: Edge, S_map: dict[int, np.ndarray]) -> None:
+    def _connect(self, loop: Edge) -> None:
         """Move a segment that hung on nothing to where a sighting says that it is."""
         assert self._unconnected_from is not None
-        C = S_map[loop.first] @ loop.S_first_second @ geometry.inverse(S_map[loop.second])
+        first, second = (self._keyframes[i].S_map_keyframe for i in (loop.first, loop.second))
+        C = first @ loop.S_first_second @ geometry.inverse(second)
         self._S_map_world = C @ self._S_map_world
         for number in range(self._unconnected_from, self._next_keyframe):
             self._move(self._keyframes[number], self._keyframes[number].T_world_camera)
         logger.info("segment of keyframe %d connected at keyframe %d", loop.second, loop.first)
         self._unconnected_from = None
         self._corrections += 1
-
-    def _graph(self) -> tuple[dict[int, np.ndarray], np.ndarray]:
-        """Nodes of the pose graph and the length of the path up to each keyframe, map units."""
-        solved = [k for k in self._keyframes.values() if k.place is not None]
-        positions = np.stack([k.T_map_camera[:3, 3] for k in solved])
-        lengths = np.r_[0.0, np.cumsum(np.linalg.norm(np.diff(positions, axis=0), axis=1))]
-        path = np.zeros(solved[-1].id + 1)
-        path[[k.id for k in solved]] = lengths
-        return {k.id: k.S_map_keyframe for k in solved}, path
 
     def _apply_loops(self) -> None:
         """Take over a solved pose graph. Happens when the window after the loop is solved, however long it took."""
@@ -537,7 +534,7 @@ class Reconstructor:
             return 1.0
         if solution.same_gauge and self._last_report is not None:
             return float(np.exp(self._last_report.log_scale))
-        before = [k.median_depth for k in self._keyframes.values() if k.place is not None]
+        before = [k.median_depth for k in self._keyframes.values() if k.is_solved]
         return before[-1] / float(np.median(solution.depth))
 
     def _points_of(self, keyframe: Keyframe, window: Sequence[Keyframe]) -> KeyframePoints:
@@ -655,7 +652,7 @@ class Reconstructor:
 
     def keyframe_poses(self) -> list[tuple[int, np.ndarray]]:
         """(stamp_ns, T_map_camera [4, 4]) of every solved keyframe, in output units."""
-        solved = [k for k in self._keyframes.values() if k.place is not None]
+        solved = [k for k in self._keyframes.values() if k.is_solved]
         return [(k.stamp_ns, self._to_output(k.T_map_camera)) for k in solved]
 
     def map_points(self) -> PointBatch:
@@ -686,7 +683,7 @@ class Reconstructor:
 
     def save_map(self, path: str | Path) -> None:
         """Write keyframes, places, points and pose graph to one file; ``OSError`` when that cannot be written."""
-        keyframes = tuple(k for k in self._keyframes.values() if k.place is not None)
+        keyframes = tuple(k for k in self._keyframes.values() if k.is_solved)
         known = {k.id for k in keyframes}
         points = {i: self._points[i] for i in known if i in self._points}
         edges = tuple(e for e in self._loops.edges if e.first in known and e.second in known)
@@ -703,9 +700,9 @@ class Reconstructor:
             raise MapFileError(f"{path} was made with model {saved.model}, this is {self._model_name}; load that model")
         self.reset()
         for keyframe in saved.keyframes:
-            assert keyframe.place is not None
             self._keyframes[keyframe.id] = keyframe
-            self._places.add(keyframe.place)
+            if keyframe.place is not None:
+                self._places.add(keyframe.place)
         for number, points in saved.points.items():
             self._points.set(number, points)
         self._loops.edges.extend(saved.edges)

@@ -40,7 +40,7 @@ class Watch:
 def find_again(query: Place, places: PlaceStore, near: int | None, config: LoopConfig) -> Sighting | None:
     """The place that a frame without depth sees best; ``near``: keyframe that it was last seen at."""
     candidates = list(places.similar(query.descriptor, CANDIDATES, spacing=1))
-    if near is not None and all(c.keyframe_id != near for c in candidates):
+    if near is not None and near in places and all(c.keyframe_id != near for c in candidates):
         candidates.insert(0, places[near])
     sightings = [s for s in (recognise(query, c, config) for c in candidates) if s is not None]
     return max(sightings, key=lambda s: (s.num_inliers, -s.place.keyframe_id), default=None)

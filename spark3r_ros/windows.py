@@ -64,7 +64,9 @@ class Keyframe:
     scale: float = 1.0  # map units per world unit here: a loop correction may stretch a keyframe
     dense: DepthMap | None = None
     median_depth: float = 1.0  # distance of the scene, world units
-    place: Place | None = None  # how it looks; None: not solved yet
+    travelled: float = 0.0  # length of the path up to here when it was solved, map units
+    is_solved: bool = False  # has had its window, and so is a node of the pose graph
+    place: Place | None = None  # how it looks; None: not solved yet, or forgotten
     corners: Corners | None = None  # what place is made from once there is depth
     metric_depth: np.ndarray | None = None  # [h, w] float32 metres, NaN unknown: a source of scale
     T_odom_base: np.ndarray | None = None  # [4, 4] metres: a source of scale

@@ -7,7 +7,21 @@ import pytest
 
 from spark3r_ros import geometry
 from spark3r_ros.config import LoopConfig
-from spark3r_ros.loops import Edge, is_plausible, loop_edge, optimise_gtsam, optimise_scipy, step_edge
+from spark3r_ros.loops import (
+    ANCHOR_STEP,
+    Edge,
+    LoopCloser,
+    condense,
+    correct,
+    is_plausible,
+    loop_edge,
+    optimise_gtsam,
+    optimise_scipy,
+    spread,
+    step_edge,
+)
+from spark3r_ros.places import Place, PlaceStore
+from spark3r_ros.windows import Keyframe
 
 
 def ring(count: int = 60, scale_drift: float = 0.004, rotation_drift: float = 0.002, seed: int = 0):
@@ -92,8 +106,104 @@ def test_same_graph_same_result():
 def test_implausible_cycles_are_refused():
     truth, nodes, _ = ring(rotation_drift=0.0, scale_drift=0.0)
     config = LoopConfig()
-    assert is_plausible(true_loop(truth, 0, 59, 0.0), nodes, 31.0, config)
-    assert not is_plausible(true_loop(truth, 0, 59, 1.5), nodes, 31.0, config)
-    assert not is_plausible(loop_edge(0, 30, np.eye(4), 3.0), nodes, 15.0, config)
+    assert is_plausible(true_loop(truth, 0, 59, 0.0), nodes[0], nodes[59], 31.0, config)
+    assert not is_plausible(true_loop(truth, 0, 59, 1.5), nodes[0], nodes[59], 31.0, config)
+    assert not is_plausible(loop_edge(0, 30, np.eye(4), 3.0), nodes[0], nodes[30], 15.0, config)
     turned = geometry.make_T(geometry.so3_exp(np.array([0, 1.5, 0])), np.zeros(3))
-    assert not is_plausible(loop_edge(0, 59, turned, 3.0), nodes, 31.0, config)
+    assert not is_plausible(loop_edge(0, 59, turned, 3.0), nodes[0], nodes[59], 31.0, config)
+
+
+# -- the condensed graph -------------------------------------------------------------------------------------------
+
+
+def test_a_condensed_graph_corrects_as_well_as_the_whole_one():
+    truth, nodes, edges = ring(200, scale_drift=0.001, rotation_drift=0.001)
+    loops = [true_loop(truth, i, 199 - i, -0.001 * (199 - 2 * i)) for i in (0, 2, 5, 9)]
+    whole = position_error(optimise_gtsam(nodes, edges + loops), truth)
+    corrected = correct(nodes, edges + loops, max_nodes=100)
+    assert sorted(corrected) == sorted(nodes)
+    assert position_error(nodes, truth) > 3 * whole
+    assert position_error(corrected, truth) < 1.3 * whole + 0.02
+
+
+@pytest.mark.parametrize("count", [2, 7, 100, 3000])
+def test_the_number_of_nodes_is_bounded(count):
+    _, nodes, edges = ring(count)
+    anchor_of, condensed = condense(nodes, edges, max_nodes=60)
+    anchors = {a for pair in anchor_of.values() for a in pair}
+    assert len(anchors) <= max(60, 2 + count // ANCHOR_STEP if count < 100 else 60)
+    assert sorted(anchor_of) == sorted(nodes)
+    assert {0, count - 1} <= anchors
+    assert all(first <= i <= last for i, (first, last) in anchor_of.items())
+    assert {(e.first, e.second) for e in condensed} == set(zip(sorted(anchors), sorted(anchors)[1:], strict=False))
+
+
+def test_chained_steps_measure_what_they_measured_one_by_one():
+    _, nodes, edges = ring(23)
+    _, condensed = condense(nodes, edges, max_nodes=100)
+    for e in condensed:
+        np.testing.assert_allclose(e.S_first_second, geometry.inverse(nodes[e.first]) @ nodes[e.second], atol=1e-9)
+        steps = edges[e.first : e.second]
+        assert e.sigmas[0] == pytest.approx(np.sqrt(sum(s.sigmas[0] ** 2 for s in steps)))
+        assert e.sigmas[1] >= np.sqrt(sum(s.sigmas[1] ** 2 for s in steps))
+
+
+def test_sightings_move_to_anchors_without_changing_what_they_say():
+    _, nodes, edges = ring(43)
+    loop = loop_edge(3, 39, geometry.inverse(nodes[3]) @ nodes[39], 3.0)
+    _, condensed = condense(nodes, [*edges, loop, loop], max_nodes=100)
+    (moved,) = [e for e in condensed if e.is_loop]
+    assert (moved.first, moved.second) == (5, 40)
+    np.testing.assert_allclose(moved.S_first_second, geometry.inverse(nodes[5]) @ nodes[40], atol=1e-9)
+
+
+def test_chains_that_do_not_touch_stay_apart():
+    _, nodes, edges = ring(30)
+    edges = [e for e in edges if e.second != 15]
+    anchor_of, condensed = condense(nodes, edges, max_nodes=100)
+    assert anchor_of[14][1] == 14
+    assert anchor_of[15][0] == 15
+    assert not any(e.first < 15 <= e.second for e in condensed)
+    moved = correct(nodes, [*edges, loop_edge(0, 10, geometry.inverse(nodes[0]) @ nodes[10], 3.0)], 100)
+    for i in range(15, 30):
+        np.testing.assert_allclose(moved[i], nodes[i], atol=1e-3)
+
+
+def test_keyframes_between_anchors_move_in_proportion():
+    _, nodes, _ = ring(11, scale_drift=0.0, rotation_drift=0.0)
+    shift = geometry.make_T(np.eye(3), np.array([0.0, 0.0, 1.0]))
+    moved = spread(nodes, dict.fromkeys(nodes, (0, 10)), {0: nodes[0], 10: shift @ nodes[10]})
+    for i in nodes:
+        assert moved[i][2, 3] - nodes[i][2, 3] == pytest.approx(i / 10, abs=1e-9)
+
+
+# -- places that are remembered ------------------------------------------------------------------------------------
+
+
+def remembered(positions, config: LoopConfig) -> tuple[LoopCloser, dict[int, Keyframe]]:
+    store = PlaceStore()
+    keyframes = {}
+    for number, position in enumerate(positions):
+        none = np.zeros((0, 2), np.float32)
+        descriptor = np.random.default_rng(number).normal(0, 1, 8).astype(np.float32)
+        place = Place(number, descriptor, none, none[:, 0], np.zeros((0, 32), np.uint8))
+        T = geometry.make_T(np.eye(3), np.array([position, 0.0, 0.0]))
+        keyframes[number] = Keyframe(number, number, number, "", None, T, T, median_depth=2.0, place=place)
+        store.add(place)
+    return LoopCloser(config, store), keyframes
+
+
+def test_places_are_bounded_and_the_newer_of_the_closest_two_is_forgotten():
+    closer, keyframes = remembered([0, 1, 2, 3, 1.01, 2.3, 9, 9, 9], LoopConfig(max_places=10, min_gap=3))
+    object.__setattr__(closer.config, "max_places", 7)
+    closer.forget_places(keyframes)
+    assert closer.places.ids == [0, 1, 2, 3, 6, 7, 8]  # 9, 9 and 9 are the latest min_gap keyframes
+    assert [i for i, k in keyframes.items() if k.place is None] == [4, 5]
+    for number in closer.places.ids:
+        assert closer.places.similar(keyframes[number].place.descriptor, 1, 0)[0].keyframe_id == number
+
+
+def test_below_the_bound_nothing_is_forgotten():
+    closer, keyframes = remembered([0] * 9, LoopConfig(max_places=10))
+    closer.forget_places(keyframes)
+    assert len(closer.places) == 9

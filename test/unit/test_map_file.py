@@ -30,7 +30,19 @@ def saved() -> SavedMap:
         T = np.eye(4)
         T[:3, 3] = number
         keyframes.append(
-            Keyframe(number, number, 10 * number, "cam", None, T_map_camera=T, scale=1.5, median_depth=2.0, place=place)
+            Keyframe(
+                number,
+                number,
+                10 * number,
+                "cam",
+                None,
+                T_map_camera=T,
+                scale=1.5,
+                median_depth=2.0,
+                travelled=0.5 * number,
+                is_solved=True,
+                place=place,
+            )
         )
         points[number] = KeyframePoints(
             rng.random((n, 3)).astype(np.float32),
@@ -49,8 +61,8 @@ def test_round_trip(saved, tmp_path):
     assert loaded.scale == saved.scale
     assert loaded.points.keys() == saved.points.keys()
     for a, b in zip(loaded.keyframes, saved.keyframes, strict=True):
-        assert (a.id, a.stamp_ns, a.frame_id, a.scale, a.median_depth) == (
-            b.id, b.stamp_ns, b.frame_id, b.scale, b.median_depth,
+        assert (a.id, a.stamp_ns, a.frame_id, a.scale, a.median_depth, a.travelled) == (
+            b.id, b.stamp_ns, b.frame_id, b.scale, b.median_depth, b.travelled,
         )  # fmt: skip
         np.testing.assert_array_equal(a.T_map_camera, b.T_map_camera)
         for name in ("descriptor", "xy", "depth", "orb"):
@@ -60,6 +72,15 @@ def test_round_trip(saved, tmp_path):
     for e, f in zip(loaded.edges, saved.edges, strict=True):
         assert (e.first, e.second, e.is_loop, e.sigmas) == (f.first, f.second, f.is_loop, f.sigmas)
         np.testing.assert_array_equal(e.S_first_second, f.S_first_second)
+
+
+def test_a_forgotten_place_stays_forgotten_and_its_keyframe_stays(saved, tmp_path):
+    saved.keyframes[1].place = None
+    map_file.write(tmp_path / "room.map", saved)
+    loaded = map_file.read(tmp_path / "room.map")
+    assert [k.id for k in loaded.keyframes] == [0, 1, 4]
+    assert [k.place is None for k in loaded.keyframes] == [False, True, False]
+    assert all(k.is_solved for k in loaded.keyframes)
 
 
 def test_the_same_map_is_the_same_file(saved, tmp_path):
