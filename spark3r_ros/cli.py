@@ -34,7 +34,8 @@ class UsageError(ValueError):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status. Expected errors are one line on stderr."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("spark3r_ros").setLevel(logging.INFO)
     try:
         return int(options.command(options))
     except (ValueError, OSError, RuntimeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -49,27 +50,43 @@ def by_hand(name: str, weights: Weights) -> str:
 def download(name: str, weights: Weights) -> Path:
     """Fetch one file: progress on the terminal, an interrupted download goes on where it stopped, checksum verified.
 
+    The hub's own download starts afresh when its process was killed; this one keeps what it has in a ``.part`` file
+    named after the version of the file on the hub.
+
     Raises:
         DownloadError: no network, no access, or a damaged file.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import GatedRepoError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import GatedRepoError, HTTPError
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
 
-    target = cached_path(name, weights)
+    target, url = cached_path(name, weights), hf_hub_url(weights.repo, weights.file)
     try:
-        digest = get_hf_file_metadata(hf_hub_url(weights.repo, weights.file)).etag
-        hf_hub_download(weights.repo, weights.file, local_dir=target.parent)
+        remote = get_hf_file_metadata(url)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f"{target.name}.{remote.etag}.part")
+        with part.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            headers, start = build_hf_headers(), file.tell()
+            http_get(
+                url, file, headers=headers, resume_size=start, expected_size=remote.size, displayed_filename=target.name
+            )
     except GatedRepoError as error:
         raise DownloadError(
             f"{weights.repo} asks for its terms to be accepted: open https://huggingface.co/{weights.repo}, accept, "
             f"run `hf auth login`, try again; or {by_hand(name, weights)}"
         ) from error
-    except (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except BlockingIOError as error:
+        raise DownloadError(f"{name} is being fetched by another process") from error
+    except (HTTPError, OSError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise DownloadError(f"cannot fetch {name} ({reason}); {by_hand(name, weights)}") from error
-    if digest is not None and len(digest) == 64 and sha256(target) != digest:  # large files are named by their SHA-256
-        target.unlink()
-        raise DownloadError(f"{target} was damaged on the way (checksum differs) and is deleted; try again")
+    digest = remote.etag or ""
+    if len(digest) == 64 and sha256(part) != digest:  # large files are named by their SHA-256
+        part.unlink()
+        raise DownloadError(f"{name} was damaged on the way (checksum differs) and is deleted; try again")
+    part.replace(target)
     log.info("%s is at %s", name, target)
     return target
 
