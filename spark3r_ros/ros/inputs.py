@@ -117,17 +117,27 @@ class ImageInput:
         """The likely cause of missing images, in words."""
         seen = self.describe()
         own_type = f"sensor_msgs/msg/{seen['type']}"
-        start = f"no images on {self.topic} for {self.config.no_data_timeout:g} s"
+        start = f"no images on {self.topic} ({seen['reliability']}) for {self.config.no_data_timeout:g} s"
         if not seen["publishers"]:
-            return f"{start}: nobody publishes there; is the camera running, is the topic remapped right?"
+            text = f"{start}: nobody publishes there; is the camera running, is the topic remapped right?"
+            return text + self._elsewhere(own_type)
         if seen["publisher_types"] != own_type:
-            return f"{start}: it carries {seen['publisher_types']}, not {own_type}; set image_transport"
+            text = f"{start}: it carries {seen['publisher_types']}, not {own_type}; set image_transport or the topic"
+            return text + self._elsewhere(own_type)
         if self.reliability is ReliabilityPolicy.RELIABLE and "best_effort" in seen["publisher_reliability"]:
             return f"{start}: the publisher is best_effort, this subscription reliable; set reliability to auto"
         return (
             f"{start}: {seen['publishers']} publisher(s) with matching QoS ({seen['publisher_reliability']}) "
             "send nothing, or images are larger than the shared-memory segment of the publisher's DDS profile"
         )
+
+    def _elsewhere(self, own_type: str) -> str:
+        topics = [
+            topic
+            for topic, types in self._node.get_topic_names_and_types()
+            if own_type in types and topic != self.topic and self._node.count_publishers(topic)
+        ]
+        return f" {own_type} is published on {', '.join(sorted(topics))}" if topics else ""
 
     def _subscribe(self, reliability: ReliabilityPolicy) -> None:
         self.reliability = reliability
@@ -261,10 +271,22 @@ class Companions:
         self._depth.add(stamps.to_ns(msg.header.stamp), msg)
 
     def _on_odometry(self, msg: Odometry) -> None:
+        parent, odom = msg.header.frame_id, self.config.odom_frame
+        if self.config.tf_mode == "map_to_odom" and parent and parent != odom:
+            self._refuse("odometry", f"odometry is in {parent!r}, odom_frame is {odom!r}: set odom_frame to {parent!r}")
+            return
         try:
-            self._odometry.add(stamps.to_ns(msg.header.stamp), conversions.matrix_from_pose(msg.pose.pose))
-        except ValueError as error:
+            T_odom_base = conversions.matrix_from_pose(msg.pose.pose) @ self._T_child_base(msg.child_frame_id)
+            self._odometry.add(stamps.to_ns(msg.header.stamp), T_odom_base)
+        except (ValueError, TransformError) as error:
             self._refuse("odometry", str(error))
+
+    def _T_child_base(self, child: str) -> np.ndarray:
+        """Odometry may be that of another part of the robot, say base_footprint. TransformError when TF lacks it."""
+        base = self.config.base_frame
+        if not base or not child or child == base:
+            return np.eye(4)
+        return self._transforms.lookup(child, base, None)
 
     def _camera_of(self, width: int, height: int, frame_id: str) -> CameraModel | None:
         """The calibration for images of this size; None when the camera is not calibrated."""

@@ -43,7 +43,7 @@ OUTPUTS = (
     Output("~/points", PointCloud2, qos.NEWEST, "new points of a window: x y z rgb confidence; `map_frame`"),
     Output("~/map", PointCloud2, qos.LATCHED, "all points, every `map_period` seconds while it changes; `map_frame`"),
     Output("~/depth", Image, qos.SENSOR, "32FC1 metres, NaN unknown (REP-118); only while the scale is metric"),
-    Output("~/depth/camera_info", CameraInfo, qos.SENSOR, "intrinsics of `~/depth` or `~/depth_relative`"),
+    Output("~/depth/camera_info", CameraInfo, qos.SENSOR, "intrinsics of `~/depth`, with its stamp"),
     Output("~/depth_relative", Image, qos.SENSOR, "32FC1 in model units, while the scale is not metric"),
     Output("~/keyframes", MarkerArray, qos.LATCHED, "camera frusta of the keyframes; `map_frame`"),
     Output("/tf", TFMessage, qos.TF, "as `tf_mode` says"),

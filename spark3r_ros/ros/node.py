@@ -265,13 +265,13 @@ class Spark3rNode(LifecycleNode):
         return self._worker.call(self._reset)
 
     def _on_time_went_back(self, reason: str) -> None:
-        self._restart(reason)
+        self._restart(reason).add_done_callback(partial(self._tell_failure, "cannot start anew"))
 
     def _on_clock_jump(self, jump: TimeJump) -> None:
         newest = self._images.newest_ns if self._is_active else None
         now_ns = self.get_clock().now().nanoseconds
         if newest is not None and newest - now_ns > JUMP_BACK_NS:  # else the images showed the jump already
-            self._restart(f"the clock jumped back by {-1e-9 * jump.delta.nanoseconds:.3f} s")
+            self._on_time_went_back(f"the clock jumped back by {-1e-9 * jump.delta.nanoseconds:.3f} s")
 
     # ---- services --------------------------------------------------------------------------------------------------
 
@@ -356,6 +356,7 @@ class Spark3rNode(LifecycleNode):
                 self._transforms.listen_to_moving(False)
             if self._detail_job is None or self._detail_job.done():
                 self._detail_job = self._worker.call(self._refresh)
+                self._detail_job.add_done_callback(partial(self._tell_failure, "cannot publish map or diagnostics"))
         name = self.get_fully_qualified_name().lstrip("/")
         waiting, described = self._worker.waiting, self._images.describe()
         tracking_problem = self._outputs.problem or self._scale_problem()
@@ -415,8 +416,16 @@ class Spark3rNode(LifecycleNode):
         if self._entities:
             for part in (self._companions, self._images, self._outputs, self._outputs.tf):
                 part.config = node_config
-            self._worker.call(lambda: self._reconfigure(config))
+            job = self._worker.call(lambda: self._reconfigure(config))
+            job.add_done_callback(partial(self._tell_failure, "cannot use the new parameters"))
         return SetParametersResult(successful=True)
+
+    def _tell_failure(self, what: str, job: WorkerFuture[Any]) -> None:
+        """Of a job that nobody waits for."""
+        error = job.exception()
+        if error is not None:
+            self.stats.worker_error = f"{what}: {type(error).__name__}: {error}"
+            self.get_logger().error(self.stats.worker_error, throttle_duration_sec=_QUIET_S)
 
     def _reconfigure(self, config: Config) -> None:
         self._reconstructor.config = config
@@ -437,7 +446,8 @@ class Spark3rNode(LifecycleNode):
 
 def main(args: list[str] | None = None, make_reconstructor: Factory = load_reconstructor) -> int:
     """Entry point ``spark3r_node``: a node that configures and activates itself unless autostart is off."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")  # of the parts without ROS
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")  # of the parts without ROS
+    logging.getLogger("spark3r_ros").setLevel(logging.INFO)
     rclpy.init(args=args)
     node = None
     try:

@@ -257,11 +257,12 @@ class Outputs:
         self._publishers[topic].publish(writer.write(self.config.map_frame, points, self._placement.T_map_world))
 
     def _send_depth(self, depth: DepthImage, *, is_metric: bool) -> None:
+        """REP-118 on ~/depth, where others take it for metres; on a topic of its own while it is not."""
         topic = "~/depth" if is_metric else "~/depth_relative"
         if self._has_listener(topic):
             msg = conversions.depth_message(depth.frame_id, depth.stamp_ns, depth.depth)
             self._publishers[topic].publish(msg)
-        if self._has_listener("~/depth/camera_info"):
+        if is_metric and self._has_listener("~/depth/camera_info"):
             info = conversions.camera_info_message(depth.frame_id, depth.stamp_ns, depth.camera)
             self._publishers["~/depth/camera_info"].publish(info)
 

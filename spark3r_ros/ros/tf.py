@@ -29,7 +29,10 @@ class TransformError(LookupError):
 
 
 class Buffer(Protocol):
-    """History of transforms; ``stamp_ns`` None means the newest time at which the whole chain is known."""
+    """History of transforms; ``stamp_ns`` None means the newest time at which the whole chain is known.
+
+    ``insert`` raises ValueError for what is no rigid transform, ``lookup`` TransformError.
+    """
 
     def insert(self, msg: TransformStamped, *, static: bool) -> None: ...
 
@@ -124,6 +127,7 @@ class Tf2Buffer:
         self._buffer = optional.tf2_ros.Buffer(cache_time=Duration(nanoseconds=CACHE_NS))
 
     def insert(self, msg: TransformStamped, *, static: bool) -> None:
+        conversions.matrix_from_transform(msg.transform)  # ValueError; tf2 itself prints a line and goes on without it
         add = self._buffer.set_transform_static if static else self._buffer.set_transform
         add(msg, "spark3r")
 

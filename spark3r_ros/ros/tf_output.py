@@ -30,11 +30,12 @@ class TransformOutput:
     def restart(self) -> None:
         self._T_map_odom: np.ndarray | None = None
         self._newest: tuple[int, int] | None = None  # stamp of the newest image, and the node's clock at its arrival
-        self._last_sent = 0.0
+        self._due = 0.0  # when image_arrived sends again
 
     def image_arrived(self, stamp_ns: int) -> None:
+        """Stands in for the timer while images come faster than it fires."""
         self._newest = (stamp_ns, self._node.get_clock().now().nanoseconds)
-        if time.monotonic() - self._last_sent > 0.9 * RESEND_S:
+        if time.monotonic() >= self._due:
             self.resend()
 
     def resend(self) -> None:
@@ -43,7 +44,8 @@ class TransformOutput:
         if T_map_odom is not None and self._newest is not None:
             map_to_odom = TransformStamped()  # not the worker's: this is the executor's thread
             self._fill(map_to_odom, self.config.map_frame, self.config.odom_frame, self._present_ns(), T_map_odom)
-            self._publish([map_to_odom])
+            # half the period: the next image may come just before the whole one and the one after it far too late
+            self._publish([map_to_odom], 0.5 * RESEND_S)
 
     def send(self, parent: str, child: str, stamp_ns: int, T_parent_child: np.ndarray) -> None:
         """The transform of one pose, and map -> odom beside it."""
@@ -52,7 +54,7 @@ class TransformOutput:
             self._publish([self._pose])
         else:
             self._fill_map_to_odom(self._present_ns(), self._T_map_odom)
-            self._publish([self._pose, self._map_to_odom])
+            self._publish([self._pose, self._map_to_odom], 0.9 * RESEND_S)  # the next pose brings it along
 
     def set_map_to_odom(self, T_map_odom: np.ndarray, stamp_ns: int) -> None:
         """Send this from now on; the first one also for ``stamp_ns``, so that nothing before it has to be known."""
@@ -75,6 +77,6 @@ class TransformOutput:
             parent, child, T_parent_child = child, parent, geometry.inverse(T_parent_child)
         conversions.set_transform(msg, parent, child, stamp_ns, T_parent_child)
 
-    def _publish(self, transforms: list[TransformStamped]) -> None:
-        self._last_sent = time.monotonic()
+    def _publish(self, transforms: list[TransformStamped], due_s: float = 0.0) -> None:
+        self._due = time.monotonic() + due_s
         self._publisher.publish(TFMessage(transforms=transforms))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -33,6 +34,9 @@ class FakeReconstructor:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.delay_s = 0.0  # of every push
+        self.gate = threading.Event()  # cleared: push waits, as if a window were being solved
+        self.gate.set()
+        self.map_changed = False  # of the next update, once
         self.num_points = 1000
         self.is_metric = True
         self.state = TrackingState.TRACKING
@@ -51,11 +55,11 @@ class FakeReconstructor:
         self._last_ns = 0
         self._keyframes: list[tuple[int, np.ndarray]] = []
         self._size: tuple[int, ...] | None = None
-        self._changed = False
 
     def push(self, frame: Frame) -> Update:
         if self.delay_s:
             time.sleep(self.delay_s)
+        self.gate.wait()
         if self.error is not None:
             raise self.error
         self._size = self._size or frame.image.shape
@@ -74,13 +78,14 @@ class FakeReconstructor:
         )  # fmt: skip
         if is_window:
             self._keyframes = [*self._keyframes[-5000:], (frame.stamp_ns, self.T_map_odom @ T)]
+        changed, self.map_changed = self.map_changed, False
         return Update(
             poses=(pose,),
             points=self._points(frame.stamp_ns) if is_window else None,
             depth=self._depth(frame) if is_window else None,
             window=self._report() if is_window else None,
             T_map_odom=self.T_map_odom,
-            map_changed=False,
+            map_changed=changed,
             state=self.state,
             scale=ScaleEstimate(0.0, 0.01, "depth") if self.is_metric else ScaleEstimate(),
         )

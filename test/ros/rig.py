@@ -73,6 +73,8 @@ class Rig:
         if self._is_closed:
             return
         self._is_closed = True
+        if self.node._entities:
+            self.fake.gate.set()
         self.executor.shutdown()
         self._thread.join()
         self.node.close()
@@ -81,8 +83,8 @@ class Rig:
 
     # ---- the peer --------------------------------------------------------------------------------------------------
 
-    def until(self, condition, timeout=10.0):
-        """Let the peer receive until the condition holds; its last value."""
+    def until(self, condition, timeout=30.0):
+        """Let the peer receive until the condition holds; its last value. Generous: a busy machine is no failure."""
         deadline = time.monotonic() + timeout
         while not (value := condition()):
             assert time.monotonic() < deadline, "timed out"
@@ -132,7 +134,7 @@ class Rig:
         stats = self.stats
         return stats.images <= stats.poses + sum(stats.dropped.values())
 
-    def call(self, service, timeout=10.0) -> Trigger.Response:
+    def call(self, service, timeout=30.0) -> Trigger.Response:
         client = self.peer.create_client(Trigger, service)
         self.until(client.service_is_ready)
         future = client.call_async(Trigger.Request())

@@ -9,7 +9,8 @@ from rclpy.qos import ReliabilityPolicy
 from rig import BEST_EFFORT, CAMERA, MS, RELIABLE, image, now_ns
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
-from spark3r_ros.ros import stamps
+from spark3r_ros import encodings, geometry
+from spark3r_ros.ros import inputs, stamps
 
 
 def last_image(r):
@@ -40,6 +41,26 @@ def test_padded_rows_and_big_endian_samples_through_dds(rig):
     publisher.publish(msg)
     r.until(lambda: r.stats.poses == 1)
     np.testing.assert_array_equal(last_image(r)[..., 1], mono >> 8)
+
+
+def test_every_encoding_through_dds_with_padded_rows_and_either_byte_order(rig):
+    r = rig()
+    publisher = r.camera()
+    rng = np.random.default_rng(2)
+    for encoding, layout in encodings._LAYOUTS.items():
+        shape = (48 * layout.planes // 2, 64 * layout.channels)
+        samples = rng.integers(0, 2**layout.bits, shape).astype(f"u{layout.bits // 8}")
+        expected = encodings.decode(encoding, samples.tobytes(), 48, 64, samples.strides[0])
+        for order in "<>":
+            padded = np.full((shape[0], shape[1] + 6), 7, samples.dtype.newbyteorder(order))
+            padded[:, : shape[1]] = samples
+            msg = image(now_ns(), encoding=encoding, data=padded.tobytes())
+            msg.step, msg.is_bigendian = padded.strides[0], int(order == ">")
+            before = r.stats.poses
+            publisher.publish(msg)
+            r.until(lambda before=before: r.stats.poses > before or r.stats.dropped["bad_image"])
+            np.testing.assert_array_equal(last_image(r), expected, err_msg=f"{encoding} {order}")
+    assert not r.stats.dropped
 
 
 def test_bad_images_are_refused_counted_and_do_not_stop_the_stream(rig):
@@ -119,6 +140,20 @@ def test_fixed_reliability_is_kept_and_the_mismatch_is_named(rig):
     assert "set reliability to auto" in r.node._images.why_silent()
 
 
+def test_publishers_of_either_reliability_are_heard_together(rig):
+    r = rig()
+    reliable = r.camera(RELIABLE)
+    r.send(1)
+    best_effort = r.peer.create_publisher(Image, "image", BEST_EFFORT)
+    r.until(best_effort.get_subscription_count)
+    r.until(reliable.get_subscription_count)
+    r.send(1)
+    r._image_publisher = best_effort
+    r.send(1)
+    assert r.stats.poses == 3
+    assert r.node._images.reliability is ReliabilityPolicy.BEST_EFFORT
+
+
 def test_best_effort_when_asked_for(rig):
     r = rig(reliability="best_effort")
     r.camera(RELIABLE)
@@ -173,7 +208,8 @@ def calibration(frame_id=CAMERA, width=64, height=48):
     return msg
 
 
-def test_calibration_reaches_the_first_frame(rig):
+def test_calibration_reaches_the_first_frame(rig, monkeypatch):
+    monkeypatch.setattr(inputs, "_CAMERA_INFO_S", 20.0)
     r = rig()
     r.camera()
     publisher = r.publisher(CameraInfo, "camera_info")
@@ -211,7 +247,8 @@ def depth_image(stamp_ns, frame_id=CAMERA, millimetres=1500):
     return msg
 
 
-def test_depth_joins_its_image_even_when_it_is_late(rig):
+def test_depth_joins_its_image_even_when_it_is_late(rig, monkeypatch):
+    monkeypatch.setattr(inputs, "_LATE_S", 20.0)
     r = rig()
     r.camera()
     publisher = r.publisher(Image, "depth")
@@ -258,6 +295,39 @@ def test_odometry_is_interpolated_to_the_image(rig):
     assert [f.T_odom_base[0, 3] for f in r.fake.frames] == pytest.approx([0.5, 2.15])
 
 
+def odometry(stamp_ns, x=0.0, frame_id="", child_frame_id=""):
+    msg = Odometry(child_frame_id=child_frame_id)
+    msg.header.stamp, msg.header.frame_id = stamps.to_msg(stamp_ns), frame_id
+    msg.pose.pose.orientation.w = 1.0
+    msg.pose.pose.position.x = x
+    return msg
+
+
+def test_odometry_of_another_part_of_the_robot_is_carried_to_the_base(rig):
+    r = rig(base_frame="base_link")
+    r.camera()
+    publisher = r.publisher(Odometry, "odom")
+    start = now_ns()
+    publisher.publish(odometry(start, 1.0, child_frame_id="base_footprint"))
+    r.until(lambda: r.stats.refused["odometry"] == 1)  # TF does not know it yet
+    T_footprint_base = geometry.make_T(np.eye(3), np.array([0.1, 0.0, 0.2]))
+    r.send_tf(("base_footprint", "base_link", 0, T_footprint_base), ("base_link", CAMERA, 0, np.eye(4)), static=True)
+    publisher.publish(odometry(start, 1.0, child_frame_id="base_footprint"))
+    r.until(lambda: r.node._companions._odometry.nearest(start, 0) is not None)
+    r.send(1, start_ns=start)
+    np.testing.assert_allclose(r.fake.frames[-1].T_odom_base[:3, 3], [1.1, 0.0, 0.2])
+
+
+def test_odometry_in_another_frame_than_odom_frame_is_refused_where_it_would_bend_the_tree(rig):
+    r = rig(base_frame="base_link", tf_mode="map_to_odom", odom_source="topic")
+    publisher = r.publisher(Odometry, "odom")
+    publisher.publish(odometry(now_ns(), frame_id="wheel_odom", child_frame_id="base_link"))
+    r.until(lambda: r.stats.refused["odometry"] == 1)
+    publisher.publish(odometry(now_ns(), frame_id="odom", child_frame_id="base_link"))
+    r.until(lambda: r.node._companions._odometry.is_alive)
+    assert r.stats.refused["odometry"] == 1
+
+
 def test_broken_odometry_is_refused(rig):
     r = rig()
     publisher = r.publisher(Odometry, "odom")
@@ -274,14 +344,16 @@ def test_broken_odometry_is_refused(rig):
 def test_newest_wins_and_every_drop_is_counted(rig):
     r = rig(queue_size=2)
     r.camera()
-    r.fake.delay_s = 0.1
-    for i in range(20):
-        sent = r.send(1, wait=False)
+    r.fake.gate.clear()
+    sent = r.send(1, wait=False)
+    r.until(lambda: r.stats.images == 1 and not r.node._worker.waiting)  # it is in work
+    for i in range(1, 20):
+        sent += r.send(1, wait=False)
         r.until(lambda i=i: r.stats.images == i + 1)
+    r.fake.gate.set()
     r.until(r.is_idle)
-    assert r.stats.poses + r.stats.dropped["queue_full"] == 20
-    assert r.stats.dropped["queue_full"] > 10
-    assert r.fake.frames[-1].stamp_ns == sent[-1], "the newest one is always used"
+    assert (r.stats.poses, r.stats.dropped["queue_full"]) == (3, 17)
+    assert [f.stamp_ns for f in r.fake.frames] == [sent[0], sent[-2], sent[-1]], "the newest ones are used"
 
 
 def test_never_drop_holds_the_messages_back(rig):

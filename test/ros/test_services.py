@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -40,30 +39,39 @@ def test_reset_begins_anew_at_the_origin(rig):
 def test_reset_while_a_frame_is_in_work_waits_for_it_and_drops_the_queue(rig):
     r = rig(queue_size=5)
     r.camera()
-    r.fake.delay_s = 0.3
+    r.fake.gate.clear()
     r.send(4, wait=False)
     r.until(lambda: r.node._worker.waiting == 3)
-    answer = r.call("/spark3r/reset")
-    assert answer.success
+    client = r.peer.create_client(Trigger, "/spark3r/reset")
+    r.until(client.service_is_ready)
+    pending = client.call_async(Trigger.Request())
+    r.until(lambda: r.node._worker.waiting == 0)
+    assert not pending.done(), "it answers when it is done"
+    r.fake.gate.set()
+    r.until(pending.done)
+    assert pending.result().success
     assert (r.stats.poses, r.stats.dropped["restart"], r.fake.resets) == (1, 3, 1)
 
 
 def test_services_answer_and_images_are_taken_while_another_waits(rig):
     r = rig(queue_size=50)
     r.camera()
-    r.fake.delay_s = 0.5
+    r.fake.gate.clear()
     r.send(1, wait=False)
     r.until(lambda: r.stats.images == 1)
     client = r.peer.create_client(Trigger, "/spark3r/reset")
     r.until(client.service_is_ready)
     pending = client.call_async(Trigger.Request())
-    begin = time.monotonic()
+    r.until(lambda: r.stats.restarts == 1)
     assert r.call("/spark3r/pause").success
     assert r.call("/spark3r/resume").success
-    assert time.monotonic() - begin < 0.4
-    assert not pending.done()
+    r.send(3, wait=False)
+    r.until(lambda: r.stats.images == 4)
+    assert not pending.done(), "a window is still being solved"
+    r.fake.gate.set()
     r.until(pending.done)
     assert pending.result().success
+    r.until(lambda: r.stats.poses == 4)
 
 
 def test_pause_counts_what_it_does_not_use(rig):

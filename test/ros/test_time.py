@@ -1,19 +1,26 @@
 """Simulated time, jumps, bag loops, silence, diagnostics."""
 
+import time
+
 import numpy as np
 import pytest
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from fake import WINDOW
 from nav_msgs.msg import Odometry
+from rcl_interfaces.msg import Log
 from rig import CAMERA, MS, now_ns, statuses
 from rosgraph_msgs.msg import Clock
-from sensor_msgs.msg import CompressedImage
+from sensor_msgs.msg import CompressedImage, Image
 from tf2_msgs.msg import TFMessage
 
 from spark3r_ros.ros import stamps
 
 SECOND = stamps.NS_PER_S
+
+
+def warnings(log):
+    return [m.msg for m in log if m.level == 30]
 
 
 def tick(r, publisher, stamp_ns):
@@ -66,6 +73,7 @@ def test_a_bag_loop_resets_once_whichever_comes_first(rig):
 
 def test_stamps_that_jump_back_reset_and_forward_do_not(rig):
     r = rig()
+    log = r.listen(Log, "/rosout")
     odometry = r.listen(Odometry, "/spark3r/odometry")
     start = now_ns()
     r.send(3, start_ns=start)
@@ -74,6 +82,10 @@ def test_stamps_that_jump_back_reset_and_forward_do_not(rig):
     r.send(3, start_ns=start - 3600 * SECOND)
     assert (r.stats.restarts, r.fake.resets) == (1, 1)
     r.until(lambda: len(odometry) == 9)
+    r.until(lambda: warnings(log))
+    r.spin(0.2)
+    (line,) = warnings(log)
+    assert "image stamps jumped back by 3660.066 s: reconstruction, context and transforms are reset" in line
     assert odometry[6].pose.pose.position.x == 0
     assert odometry[3].twist.covariance[0] == 1e6, "no velocity across a gap"
 
@@ -99,10 +111,22 @@ def input_message(diagnostics):
     return statuses(diagnostics[-1])["spark3r: input"]["message"] if diagnostics else ""
 
 
+def test_after_five_seconds_it_warns_of_silence(rig):
+    r = rig()
+    log = r.listen(Log, "/rosout")
+    r.until(lambda: warnings(log))
+    assert time.monotonic() - r.node._active_since >= 5
+    assert "no images on /image (reliable) for 5 s: nobody publishes there; is the camera running" in warnings(log)[0]
+
+
 def test_silence_names_topic_qos_and_cause(rig):
     r = rig(no_data_timeout=0.2, remap=["image:=/front/image_raw"])
     diagnostics = r.listen(DiagnosticArray, "/diagnostics")
-    r.until(lambda: "no images on /front/image_raw for 0.2 s: nobody publishes there" in input_message(diagnostics))
+    start = "no images on /front/image_raw (reliable) for 0.2 s"
+    r.until(lambda: f"{start}: nobody publishes there" in input_message(diagnostics))
+    other = r.peer.create_publisher(Image, "/rear/image_raw", 10)
+    r.until(lambda: "sensor_msgs/msg/Image is published on /rear/image_raw" in input_message(diagnostics))
+    r.peer.destroy_publisher(other)
     elsewhere = rclpy.Context()
     rclpy.init(context=elsewhere)
     stranger = rclpy.create_node("stranger", context=elsewhere)
@@ -130,11 +154,12 @@ def test_diagnostics_say_everything_that_the_contract_names(rig):
     values = {**got["spark3r: input"], **got["spark3r: tracking"]}
     assert float(values["input_rate_hz"]) > 0
     assert float(values["output_rate_hz"]) > 0
-    assert 0 < float(values["latency_p50_ms"]) <= float(values["latency_p95_ms"]) < 500
+    assert 0 < float(values["latency_p50_ms"]) <= float(values["latency_p95_ms"])
     assert values["dropped"] == "0"
     assert all(f"dropped_{reason}" in values for reason in ("queue_full", "bad_image", "paused", "restart"))
     assert (values["context_bytes"], values["context_budget_bytes"]) == (str(1 << 20), str(1 << 28))
     assert (values["window_residual"], values["scale_sigma"], values["scale_source"]) == ("0.02", "0.01", "depth")
+    assert (values["scale_is_metric"], values["scale_metres_per_unit"]) == ("True", "1")
     assert values["state"] == "tracking"
     assert values["frames"] == str(3 * WINDOW)
     assert got["spark3r: tracking"]["level"] == b"\x00"
@@ -143,10 +168,9 @@ def test_diagnostics_say_everything_that_the_contract_names(rig):
 def test_diagnostics_come_once_a_second(rig):
     r = rig()
     diagnostics = r.listen(DiagnosticArray, "/diagnostics")
-    r.until(lambda: diagnostics)
-    begin, count = now_ns(), len(diagnostics)
-    r.until(lambda: len(diagnostics) == count + 3)
-    assert 2.5 < 1e-9 * (now_ns() - begin) < 3.6
+    r.until(lambda: len(diagnostics) >= 5)
+    dates = [stamps.to_ns(m.header.stamp) for m in diagnostics]
+    assert 0.9 < 1e-9 * np.median(np.diff(dates)) < 1.1
 
 
 def test_an_unknown_scale_and_foreign_stamps_are_warned_of(rig):

@@ -96,17 +96,30 @@ def test_points_of_a_window(rig):
     assert np.all(points["confidence"] == np.float32(0.5))
 
 
-def test_clouds_are_built_only_for_listeners(rig):
+@pytest.mark.parametrize("topic", ["points", "map"])
+def test_clouds_are_built_only_for_listeners(rig, topic):
     r = rig()
     writes = []
-    write = r.node._outputs._cloud.write
-    r.node._outputs._cloud.write = lambda *a: writes.append(1) or write(*a)
+    writer = {"points": r.node._outputs._cloud, "map": r.node._outputs._map_cloud}[topic]
+    write = writer.write
+    writer.write = lambda *a: writes.append(1) or write(*a)
     r.send(WINDOW)
     assert not writes
-    got = r.listen(PointCloud2, "/spark3r/points")
+    got = r.listen(PointCloud2, f"/spark3r/{topic}")
     r.send(WINDOW)
     r.until(lambda: got)
-    assert len(writes) == 1
+    assert len(writes) == len(got) == 1
+
+
+def test_the_map_holds_all_points_in_the_map_frame(rig):
+    r = rig()
+    got = r.listen(PointCloud2, "/spark3r/map", LATCHED)
+    sent = r.send(WINDOW)
+    r.until(lambda: got)
+    points = np.frombuffer(got[-1].data, conversions.POINT)
+    assert (len(points), got[-1].header.frame_id) == (r.fake.num_points, "map")
+    assert stamps.to_ns(got[-1].header.stamp) == sent[-1]
+    assert points["x"].max() == pytest.approx(2, abs=1e-5)
 
 
 def test_map_path_and_keyframes_reach_who_comes_late(rig):
@@ -139,6 +152,43 @@ def test_path_is_bounded_and_corrected(rig):
     assert paths[-1].poses[0].pose.position.z == pytest.approx(first.pose.position.z + 1)
 
 
+def test_a_loop_is_seen_on_path_and_markers_without_a_new_window(rig):
+    r = rig()
+    paths = r.listen(Path, "/spark3r/path", LATCHED)
+    frusta = r.listen(MarkerArray, "/spark3r/keyframes", LATCHED)
+    r.send(WINDOW)
+    r.until(lambda: paths and frusta)
+    before = marker_tips(frusta)
+    r.fake._keyframes = [(s, _lifted(T)) for s, T in r.fake._keyframes]
+    r.fake.map_changed = True
+    r.send(1)
+    r.until(lambda: paths[-1].poses[0].pose.position.z == pytest.approx(1))
+    r.until(lambda: np.allclose(marker_tips(frusta), before + np.array([0, 0, 1])))
+
+
+def marker_tips(messages):
+    """[N, 3] where the frusta of the newest message begin: the cameras."""
+    points = np.array([[p.x, p.y, p.z] for p in messages[-1].markers[0].points])
+    return points.reshape(-1, 16, 3)[:, 0]
+
+
+def test_markers_stand_where_the_path_goes_and_go_with_a_reset(rig):
+    r = rig()
+    paths = r.listen(Path, "/spark3r/path", LATCHED)
+    frusta = r.listen(MarkerArray, "/spark3r/keyframes", LATCHED)
+    r.send(3 * WINDOW)
+    r.until(lambda: paths and len(paths[-1].poses) == 3 and frusta and len(marker_tips(frusta)) == 3)
+    positions = [[p.pose.position.x, p.pose.position.y, p.pose.position.z] for p in paths[-1].poses]
+    np.testing.assert_allclose(marker_tips(frusta), positions, atol=1e-9)
+    marker = frusta[-1].markers[0]
+    assert (marker.header.frame_id, stamps.to_ns(marker.header.stamp)) == ("map", r.fake._last_ns)
+    ends = np.array([[p.x, p.y, p.z] for p in marker.points]).reshape(-1, 16, 3)
+    assert np.all(ends[..., 0] >= ends[:, :1, 0] - 1e-9), "they open ahead: along x of the map"
+    assert r.call("/spark3r/reset").success
+    r.send(1)
+    r.until(lambda: frusta[-1].markers[0].action == Marker.DELETEALL)
+
+
 def _lifted(T):
     T = T.copy()
     T[1, 3] -= 1  # optical y points down
@@ -162,15 +212,21 @@ def test_depth_is_in_metres_or_says_that_it_is_not(rig, is_metric):
     relative = r.listen(Image, "/spark3r/depth_relative", BEST_EFFORT)
     info = r.listen(CameraInfo, "/spark3r/depth/camera_info", BEST_EFFORT)
     sent = r.send(WINDOW)
-    image = r.until(lambda: (metric if is_metric else relative) and info and (metric or relative)[-1])
-    assert not (relative if is_metric else metric)
+    image = r.until(lambda: (metric if is_metric else relative) and (metric or relative)[-1])
     assert (image.encoding, image.width, image.height, image.step) == ("32FC1", 16, 12, 64)
-    assert stamps.to_ns(image.header.stamp) == stamps.to_ns(info[-1].header.stamp) == sent[-1]
-    assert image.header.frame_id == info[-1].header.frame_id == CAMERA
+    assert (stamps.to_ns(image.header.stamp), image.header.frame_id) == (sent[-1], CAMERA)
     depth = conversions.decode_depth(image)
     assert np.isnan(depth[0, 0])
     assert depth[3, 3] == 2.0
-    assert (info[-1].width, info[-1].height, info[-1].k[0]) == (16, 12, 20.0)
+    if is_metric:
+        r.until(lambda: info)
+        assert info[-1].header == image.header
+        assert (info[-1].width, info[-1].height, info[-1].k[0]) == (16, 12, 20.0)
+        assert not relative
+    else:
+        r.spin(0.2)
+        assert not metric
+        assert not info
 
 
 def test_names_follow_namespace_and_remaps(rig):
