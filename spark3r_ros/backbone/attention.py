@@ -159,6 +159,7 @@ class Attention(nn.Module):
             bias = F.pad(bias, (k.shape[2] - own, 0)) if bias is not None else None
         assert plan is None or run.mask is None, "queries of frames under different masks cannot be merged"
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        del q, k, v  # before the projection asks for memory
         return self.proj(y.transpose(1, 2).flatten(2)), plan
 
     def _queries(

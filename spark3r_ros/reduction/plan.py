@@ -104,26 +104,25 @@ def query_groups(layout: TokenLayout, factor: int, group_size: int, device: torc
     check_factor("query", factor)
     if group_size < 2:
         raise ValueError(f"query group size must be >= 2 frames, got {group_size}")
-    positions = layout.temporal_positions()
-    groups: dict[tuple[int, int], list[tuple[list[int], list[int]]]] = {}  # by shape: (sources, destinations)
-    is_source = torch.zeros(layout.num_frames, dtype=torch.bool)
-    for start in range(0, layout.num_frames, group_size):
-        members = positions[start : start + group_size]
-        destinations = [p for f, p in enumerate(members) if f % factor == 0 or p == layout.reference]
-        sources = [p for p in members if p not in set(destinations)]
-        is_source[sources] = True
-        if sources:
-            groups.setdefault((len(sources), len(destinations)), []).append((sources, destinations))
-    merges = is_source[:, None] & (torch.arange(layout.tokens_per_frame) >= layout.num_special)  # [S, P]
+    positions = torch.tensor(layout.temporal_positions())  # [S] stored position of every time
+    time = torch.arange(layout.num_frames)
+    group, place = time // group_size, time % group_size
+    reference = -1 if layout.reference is None else layout.reference
+    is_source = (place % factor != 0) & (positions != reference)  # [S] in temporal order
+    merges = torch.zeros(layout.num_frames, layout.tokens_per_frame, dtype=torch.bool)  # in stored order
+    merges[positions[is_source], layout.num_special :] = True
     merges = merges.flatten()
     own_row = (~merges).cumsum(0) - 1
     own_row[merges] = 0
+    num_sources = torch.bincount(group, is_source.double()).long()  # [G]
+    shapes = torch.stack([num_sources, torch.bincount(group) - num_sources], dim=1)  # [G, 2] sources, destinations
     batches = []
-    for same_shape in groups.values():
-        sources_t = _patch_tokens(layout, torch.tensor([s for s, _ in same_shape]))
-        destinations_t = _patch_tokens(layout, torch.tensor([d for _, d in same_shape]))
-        parts = (sources_t, destinations_t, own_row[destinations_t])
-        batches.append(GroupBatch(*(part.to(device) for part in parts)))
+    for shape in shapes.unique(dim=0):  # whole groups, the last one, the one with the reference: four shapes at most
+        if shape[0] > 0:
+            chosen = (shapes == shape).all(dim=1)[group]  # [S]
+            source = _patch_tokens(layout, positions[chosen & is_source].view(-1, int(shape[0])))
+            destination = _patch_tokens(layout, positions[chosen & ~is_source].view(-1, int(shape[1])))
+            batches.append(GroupBatch(source.to(device), destination.to(device), own_row[destination].to(device)))
     return QueryGroups(int((~merges).sum()), own_row.to(device), tuple(batches))
 
 

@@ -135,7 +135,12 @@ def load_factor_file(path: Path) -> FactorFile:
     missing = {"model", "num_layers", "sensitive_layers"} - set(data)
     if missing:
         raise ValueError(f"factor file {path} lacks {', '.join(sorted(missing))}")
-    return FactorFile(data["model"], data["num_layers"], tuple(data["sensitive_layers"]))
+    num_layers, layers = data["num_layers"], data["sensitive_layers"]
+    if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
+        raise ValueError(f"factor file {path}: num_layers must be a whole number >= 1, got {num_layers!r}")
+    if not isinstance(layers, list):
+        raise ValueError(f"factor file {path}: sensitive_layers must be a list of layers, got {layers!r}")
+    return FactorFile(data["model"], num_layers, tuple(layers))
 
 
 @lru_cache(maxsize=16)

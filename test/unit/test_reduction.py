@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from spark3r_ros.backbone.attention import Attention, GlobalPass, Rope, grid_rope
+from spark3r_ros.backbone.attention import PIECE_TOKENS, Attention, GlobalPass, Rope, grid_rope
+from spark3r_ros.backbone.blocks import Block
 from spark3r_ros.config import ReductionConfig
 from spark3r_ros.reduction import ForwardReduction, TokenLayout, merge, plan_keys, plan_query_merge, unmerge
 from spark3r_ros.reduction.plan import farthest_frames, query_groups
@@ -59,7 +60,10 @@ def reference_layer(
             similarity = [F.cosine_similarity(metric[token], metric[c], dim=0).item() for c in candidates]
             representative[token] = candidates[max(range(len(candidates)), key=similarity.__getitem__)]
 
-    kept_frames = [f for f in range(layout.num_frames) if order[f] % kv_factor == 0 or f == layout.reference]
+    if config.kv_selection == "coverage":
+        kept_frames = reference_coverage(x, layout, math.ceil(layout.num_frames / kv_factor))
+    else:
+        kept_frames = [f for f in range(layout.num_frames) if order[f] % kv_factor == 0 or f == layout.reference]
     keys, bias = [], []
     for f in range(layout.num_frames):
         for p in range(P):
@@ -78,6 +82,19 @@ def reference_layer(
             heads.append(logits.softmax(0) @ v[keys, h])
         outputs[token] = attention.proj(torch.cat(heads))
     return torch.stack([outputs[r] for r in representative])
+
+
+def reference_coverage(x: Tensor, layout: TokenLayout, count: int) -> list[int]:
+    """Farthest-point sampling of frames on the cosine of their mean patch tokens, one frame at a time."""
+    per_frame = x.reshape(layout.num_frames, layout.tokens_per_frame, -1)[:, layout.num_special :]
+    mean = [frame.float().mean(dim=0) for frame in per_frame]
+    earliest = 0 if layout.frame_order is None else layout.frame_order.index(0)
+    chosen = [earliest if layout.reference is None else layout.reference]
+    while len(chosen) < count:
+        rest = [f for f in range(layout.num_frames) if f not in chosen]
+        nearest = [max(F.cosine_similarity(mean[f], mean[c], dim=0).item() for c in chosen) for f in rest]
+        chosen.append(rest[min(range(len(rest)), key=nearest.__getitem__)])
+    return sorted(chosen)
 
 
 # -- cases -----------------------------------------------------------------------------------------------------------
@@ -117,10 +134,12 @@ def cases(draw: st.DrawFn) -> tuple[TokenLayout, ReductionConfig, int, int]:
         insensitive_multiplier=draw(st.integers(1, 3)),
         group_size=draw(st.integers(2, 7) | st.just(20)),
         matching=draw(st.sampled_from(["input", "q", "k"])),
+        kv_selection=draw(st.sampled_from(["stride", "coverage"])),
         keep_special_kv=draw(st.booleans()),
     )
     layout = TokenLayout(num_frames, num_special + patches, num_special, order, reference)
-    return layout, config, draw(st.integers(1, 2)), draw(st.integers(0, 1000))
+    batch = 1 if config.kv_selection == "coverage" else draw(st.integers(1, 2))  # coverage takes one sequence
+    return layout, config, batch, draw(st.integers(0, 1000))
 
 
 def tokens(layout: TokenLayout, batch: int, seed: int) -> Tensor:
@@ -141,6 +160,35 @@ def test_fast_path_equals_the_reference(case: tuple[TokenLayout, ReductionConfig
     expected = torch.stack([reference_layer(attention, item, rope, layout, config, kv_factor) for item in x])
     # sums of merged queries are float32 by design; everything else here is float64
     torch.testing.assert_close(run_layer(attention, x, rope, layout, config, layer), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_frames", [19, 20, 23, 41])
+def test_whole_groups_of_twenty_equal_the_reference(num_frames: int) -> None:
+    """The published group size, at lengths that fill it, do not, and leave one frame over."""
+    layout = TokenLayout(num_frames, 3, 1, reference=num_frames - 2)
+    config = ReductionConfig(query_factor=3, kv_factor=4, insensitive_multiplier=1)
+    attention, x = make_attention(), tokens(layout, 1, num_frames)
+    rope = double_rope(2, 1, num_frames)
+    expected = reference_layer(attention, x[0], rope, layout, config, 4)[None]
+    torch.testing.assert_close(run_layer(attention, x, rope, layout, config), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("query_factor", [1, 3])
+def test_a_block_in_pieces_equals_the_block_at_once(query_factor: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inference goes through the cache some tokens at a time; with gradients everything is one piece."""
+    torch.manual_seed(0)
+    block = Block(DIM, HEADS, qk_norm=True, layer_scale=0.5).double().eval()
+    layout = TokenLayout(25, 4, 1)
+    config = ReductionConfig(query_factor=query_factor, kv_factor=2)
+    x, rope = tokens(layout, 2, 0), double_rope(3, 1, 25)
+
+    def run() -> Tensor:
+        return block.forward_global(x, 0, GlobalPass(25, rope, ForwardReduction(config, layout, 2, frozenset({1}))))
+
+    at_once = run().detach()
+    monkeypatch.setitem(PIECE_TOKENS, "cpu", 7)
+    with torch.inference_mode():
+        torch.testing.assert_close(run(), at_once, atol=1e-6, rtol=1e-6)
 
 
 @given(cases())

@@ -91,6 +91,17 @@ def test_bad_factor_files_are_refused(tmp_path: Path) -> None:
     path.write_text('{"format": "spark3r-factors-1", "model": "vggt"}')
     with pytest.raises(ValueError, match="lacks num_layers, sensitive_layers"):
         load_factor_file(path)
+    for key, value, message in (
+        ("num_layers", 0, "num_layers must be a whole number >= 1, got 0"),
+        ("num_layers", "24", "num_layers must be a whole number >= 1, got '24'"),
+        ("sensitive_layers", 5, "sensitive_layers must be a list of layers, got 5"),
+        ("sensitive_layers", "11-16", "sensitive_layers must be a list of layers, got '11-16'"),
+        ("sensitive_layers", [3, 24], "global layer 24 is unknown, allowed are 0 to 23"),
+    ):
+        good = {"format": "spark3r-factors-1", "model": "vggt", "num_layers": 24, "sensitive_layers": [3]}
+        path.write_text(json.dumps(good | {key: value}))
+        with pytest.raises(ValueError, match=message):
+            load_factor_file(path)
     save_factor_file(path, FactorFile("pi3", 18, (3,)))
     with pytest.raises(ValueError, match="is of model 'pi3', this model is 'vggt'"):
         sensitive_layers(config, "vggt", 24)
