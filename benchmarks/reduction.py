@@ -33,7 +33,15 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.baselines import BASELINES, Covering, Grid, GridKeys, Uniform
+from benchmarks.baselines import (
+    BASELINES,
+    COVERING_FRAMES,
+    COVERING_PATCH_STRIDE,
+    Covering,
+    Grid,
+    GridKeys,
+    Uniform,
+)
 from spark3r_ros.backbone import attention, blocks
 from spark3r_ros.backbone.attention import GlobalPass
 from spark3r_ros.backbone.model import ModelSpec
@@ -123,6 +131,7 @@ def flop_model(method: str, case: Case, num_frames: int) -> dict[str, float]:
         uniform = Uniform(case.grid(num_frames))
         flops["attention"] = L * 4.0 * uniform.num_rows**2 * dim
         flops["matching"] = L * 2.0 * len(uniform.source) * len(uniform.destination) * dim
+        flops["linear"] -= L * (N - uniform.num_rows) * 2.0 * dim**2  # outputs of merged rows only
     elif method in REDUCTIONS:
         _add_spark3r(flops, REDUCTIONS[method], case, layout)
     else:
@@ -145,14 +154,16 @@ def _add_spark3r(flops: dict[str, float], config: ReductionConfig, case: Case, l
 
 def _add_key_subsets(flops: dict[str, float], method: str, case: Case, layout: TokenLayout) -> None:
     dim, N, P = case.spec.dim, layout.num_tokens, layout.tokens_per_frame
-    frames = min(25, layout.num_frames)
+    frames = min(COVERING_FRAMES, layout.num_frames)
     keys = {
         "within": P,
         "grid": len(GridKeys(case.grid(layout.num_frames)).index),
-        "thinned": frames * (case.spec.num_special + (P - case.spec.num_special) / 3),
+        "thinned": frames * (case.spec.num_special + -(-(P - case.spec.num_special) // COVERING_PATCH_STRIDE)),
         "covering": frames * P,
     }
-    flops["attention"] = sum(4.0 * N * keys[kind] * dim for kind in layer_kinds(method, case, layout.num_frames))
+    kinds = layer_kinds(method, case, layout.num_frames)
+    flops["attention"] = sum(4.0 * N * keys[kind] * dim for kind in kinds)
+    flops["linear"] -= sum((N - keys[kind]) * 4.0 * dim**2 for kind in kinds if kind in ("thinned", "covering"))
 
 
 # -- one measurement, in a process of its own ------------------------------------------------------------------------
@@ -365,7 +376,7 @@ def table(results: list[Measurement]) -> str:
             f"| {m.num_frames} | {m.method} | {m.cpu:.2f}{'*' if m.composed else ''} | {m.wall:.2f} "
             f"| {base.cpu / m.cpu:.2f} | {base.tflop / m.tflop:.2f} | {m.global_cpu:.2f} "
             f"| {base.global_cpu / m.global_cpu:.2f} | {'' if share is None else f'{share:.0%}'} "
-            f"| {m.memory_mb:.0f} | {m.memory_mb / base.memory_mb:.2f} |"
+            f"| {m.memory_mb:.0f} | {'' if base.memory_mb == 0 else f'{m.memory_mb / base.memory_mb:.2f}'} |"
         )
     return "\n".join(lines)
 
