@@ -17,8 +17,10 @@ from hypothesis import given, settings
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from spark3r_ros import reduction
 from spark3r_ros.backbone.attention import PIECE_TOKENS, Attention, GlobalPass, Rope, grid_rope
 from spark3r_ros.backbone.blocks import Block
+from spark3r_ros.backbone.trunk import FRAME, GLOBAL, PassOptions, Trunk, TrunkSpec, most_typical
 from spark3r_ros.config import ReductionConfig
 from spark3r_ros.reduction import ForwardReduction, TokenLayout, merge, plan_keys, plan_query_merge, unmerge
 from spark3r_ros.reduction.plan import farthest_frames, query_groups
@@ -393,6 +395,33 @@ def test_single_frame_and_full_factor_are_dense() -> None:
     reduction = ForwardReduction(ReductionConfig(query_factor=4, kv_factor=8), TokenLayout(1, 5, 1), 2, frozenset())
     assert reduction.keys(0, torch.zeros(1, 5, DIM)) is None
     assert not reduction.merges_queries
+
+
+def test_a_reference_that_the_trunk_picks_is_kept_in_temporal_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Depth-Anything-3 does: views stay in the order of time, the chosen one keeps its keys and its queries."""
+    torch.manual_seed(0)
+    spec = TrunkSpec(14, 16, 2, (FRAME, FRAME, GLOBAL, FRAME, GLOBAL), (4,), 1, plain=1, picks_reference=True)
+    trunk = Trunk(spec).eval()
+    x = torch.randn(1, 25, 1 + 6, 16, generator=torch.Generator().manual_seed(6))
+    passes: list[ForwardReduction] = []
+    monkeypatch.setattr(
+        reduction, "ForwardReduction", lambda *arguments: passes.append(ForwardReduction(*arguments)) or passes[-1]
+    )
+    config = ReductionConfig(query_factor=4, kv_factor=10, insensitive_multiplier=1)
+    with torch.inference_mode():
+        picked = int(most_typical(x[:, :, 0]))
+        trunk(x, (2, 3), PassOptions(reduction=config))
+    assert picked % 4
+    assert picked % 10
+    layout = passes[0].layout
+    assert layout.frame_order is None
+    assert layout.reference == picked
+    keys = passes[0].keys(1, torch.empty(0))
+    assert keys is not None
+    assert set(keys.frames) == {0, 10, 20, picked}
+    groups = query_groups(layout, 4, config.group_size)
+    destinations = torch.cat([part.destination.flatten() for part in groups.batches]) // layout.tokens_per_frame
+    assert set(destinations.tolist()) == {*range(0, 20, 4), 20, 24, picked}
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------
