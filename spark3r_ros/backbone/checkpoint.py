@@ -41,7 +41,7 @@ class KeyMap:
     """How one family's checkpoint names become ours."""
 
     renames: tuple[Rename, ...]  # applied in order, all of them, to every key
-    unused: tuple[str, ...]  # patterns of whole keys that inference does not need
+    unused: Mapping[str, str]  # patterns of whole keys that inference does not need: what they are for
     marker: str  # part of a key that only this family's files have
     finish: Callable[[State], State] | None = None  # what renaming alone cannot do
     constants: tuple[tuple[str, tuple[float, ...]], ...] = ()  # patterns of whole keys, and the values built in here

@@ -67,18 +67,21 @@ KEYS = KeyMap(
         *dpt_renames("head"),
         (r"^head\.scratch\.sky_output_conv2\.", "head.out.1."),
     ),
-    unused=(
-        r"^(model\.)?(da3\.)?head\.scratch\.\w+_(aux|ray)\..*",  # ray maps; one of their norms is stored once for four
-        r"^(model\.)?(da3\.)?cam_enc\..*",  # cameras as input
-        r"^(model\.)?(da3\.)?gs_(head|adapter)\..*",  # Gaussian splats (giant)
-        r"^(model\.)?da3_metric\..*",  # the second network of nested models
-        r".*\.mask_token",
-    ),
+    unused={
+        r"(model\.)?(da3\.)?head\.scratch\.\w+_(aux|ray)\..*": "ray maps; one of their norms is stored once for four",
+        r"(model\.)?(da3\.)?cam_enc\..*": "known cameras as input",
+        r"(model\.)?(da3\.)?gs_(head|adapter)\..*": "Gaussian splats (giant)",
+        r"(model\.)?da3_metric\..*": "the second network of nested models",
+        r".*\.mask_token": "training only",
+    },
     marker="backbone.pretrained.camera_token",
     finish=special_tokens("backbone.pretrained.camera_token"),
 )
 METRIC_KEYS = replace(
-    KEYS, unused=(r"^model\.da3\..*", r".*\.mask_token"), marker="scratch.sky_output_conv2.0.weight", finish=None
+    KEYS,
+    unused={r"(model\.)?da3\..*": "the first network of nested models", r".*\.mask_token": "training only"},
+    marker="scratch.sky_output_conv2.0.weight",
+    finish=None,
 )
 
 

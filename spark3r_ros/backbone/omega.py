@@ -55,10 +55,10 @@ KEYS = KeyMap(
         (r"^dense_head\.proj\.", "dense_head.depth."),
         (r"^dense_head\.proj_conf\.", "dense_head.confidence."),
     ),
-    unused=(
-        r"aggregator\.patch_embed\.mask_token",
-        r"text_\w+\..*",  # the 256 pixel variant
-    ),
+    unused={
+        r"aggregator\.patch_embed\.mask_token": "training only",
+        r"text_\w+\..*": "text alignment of the 256 pixel variant",
+    },
     marker="dense_head.proj_conf.weight",
     finish=finish,
     constants=((r"aggregator\.(patch_embed\.)?rope_embed\.periods", tuple(100 ** (i / 16) for i in range(16))),),

@@ -43,7 +43,7 @@ RENAMES = (
 CONSTANTS = (("image_mean", Model.pixel_mean), ("image_std", Model.pixel_std))
 KEYS = KeyMap(
     renames=RENAMES,
-    unused=(),
+    unused={},
     marker="point_head.proj.weight",
     finish=special_tokens("register_token"),
     constants=CONSTANTS,
@@ -66,9 +66,7 @@ PI3X_KEYS = KeyMap(
         (r"\.output_block\.(\d)\.0\.", r".out.\1.0."),
         (r"\.output_block\.(\d)\.2\.", r".out.\1.2."),
     ),
-    unused=(
-        r"(depth_encoder|depth_emb|ray_embed|pose_inject_blk)\b.*",  # depth, rays and poses as input
-    ),
+    unused={r"(depth_encoder|depth_emb|ray_embed|pose_inject_blk)\b.*": "depth, rays and poses as input"},
     marker="metric_decoder.projects_x.weight",
     finish=special_tokens("register_token"),
     constants=CONSTANTS,

@@ -66,7 +66,7 @@ PI3_CODE = "BSD-3-Clause, one file CC BY-NC-SA 4.0"
 FAIR = "FAIR Noncommercial Research License"
 MODELS: dict[str, Entry] = {
     "nano": Entry(
-        nano.SPEC, nano.Nano, KeyMap((), (), marker="trunk.special"), APACHE, 0, 0, None
+        nano.SPEC, nano.Nano, KeyMap((), {}, marker="trunk.special"), APACHE, 0, 0, None
     ),
     "da3-small": _da3("da3-small", "DA3-SMALL", 26_179_819, 137_000_000, APACHE),
     "da3-base": _da3("da3-base", "DA3-BASE", 103_022_955, 541_000_000, APACHE),

@@ -35,7 +35,7 @@ KEYS = KeyMap(
         *dpt_renames("depth_head"),
         *dpt_renames("point_head"),
     ),
-    unused=(r"track_head\..*", r"aggregator\.patch_embed\.mask_token"),
+    unused={r"track_head\..*": "the point tracker", r"aggregator\.patch_embed\.mask_token": "training only"},
     marker="camera_head.poseLN_modulation.1.weight",
     finish=special_tokens("aggregator.camera_token", "aggregator.register_token"),
 )

@@ -10,6 +10,7 @@ from spark3r_ros.backbone import Backbone
 from spark3r_ros.backbone.model import Geometry
 from spark3r_ros.backbone.trunk import PassOptions
 from spark3r_ros.config import ContextConfig
+from spark3r_ros.frame import Gauge
 
 WINDOWS = (3, 2, 3)  # frames
 NAMES = ("T_world_camera", "intrinsics", "depth", "confidence")
@@ -83,6 +84,26 @@ def test_the_reference_of_da3_is_the_first_frame_and_stays():
         context.commit(range(5), range(5 * window, 5 * window + 5))
         assert 0 in context.frame_ids
         assert len(context.frame_ids) == 3
+
+
+def test_pi3x_is_exact_up_to_the_metres_that_each_window_reads():
+    model = tiny_model("pi3x")
+    frames = images(sum(WINDOWS), *size(model))
+    metres = []
+    model.metric.register_forward_hook(lambda _, args, out: metres.append(float(out)))
+    windows, whole = window_by_window(model, frames), one_pass(model, frames)
+    start = 0
+    for window, unit, count in zip(windows, metres, WINDOWS):
+        part, scale = slice(start, start + count), metres[-1] / unit
+        torch.testing.assert_close(window.depth * scale, whole.depth[:, part], rtol=2e-4, atol=0)
+        t, t_whole = window.T_world_camera[..., :3, 3], whole.T_world_camera[:, part, :3, 3]
+        torch.testing.assert_close(t * scale, t_whole, rtol=0, atol=2e-5 * metres[-1])
+        torch.testing.assert_close(
+            window.T_world_camera[..., :3, :3], whole.T_world_camera[:, part, :3, :3], rtol=0, atol=2e-5
+        )
+        start += count
+    assert max(metres) > 1.001 * min(metres)
+    assert Backbone(model)(frames).gauge is Gauge.METRIC
 
 
 def test_pi3_is_permutation_equivariant():

@@ -5,9 +5,11 @@ import warnings
 import pytest
 import torch
 
-from benchmarks.parity import load_fill, weights
+from benchmarks.parity import load_fill
 from spark3r_ros.backbone import load_backbone
+from spark3r_ros.backbone.checkpoint import convert, differences
 from spark3r_ros.backbone.model import inverse_T
+from spark3r_ros.backbone.registry import MODELS, skeleton
 
 try:
     with warnings.catch_warnings():
@@ -21,10 +23,47 @@ MEAN, STD = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.
 
 
 def both(golden, name):
-    state = weights(golden, name)
+    """The original with the fixtures' weights, and ours on the same memory."""
     original = create_object(load_config(MODEL_REGISTRY[name])).eval()
-    original.load_state_dict(state, strict=True)
+    state, fill = original.state_dict(), load_fill(golden)
+    for key, value in state.items():
+        value.copy_(torch.from_numpy(fill.tensor(key, tuple(value.shape))))
     return original, load_backbone(name, state)
+
+
+def keys_of_the_original(name, monkeypatch):
+    """Without memory for weights."""
+    linspace = torch.linspace  # whose values its constructor reads back
+    monkeypatch.setattr(torch, "linspace", lambda *args, **kwargs: linspace(*args, **{**kwargs, "device": "cpu"}))
+    with torch.device("meta"):
+        return create_object(load_config(MODEL_REGISTRY[name])).state_dict()
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("da3-small", "da3-small"),
+        ("da3-giant", "da3-giant"),
+        ("da3metric-large", "da3metric-large"),
+        ("da3nested-giant-large", "da3-giant"),
+        ("da3nested-giant-large", "da3metric-large"),
+    ],
+)
+def test_every_key_of_the_original_has_its_place(monkeypatch, theirs, ours, prefix):
+    state = {prefix + key: value for key, value in keys_of_the_original(theirs, monkeypatch).items()}
+    wrong = differences(skeleton(MODELS[ours]).state_dict(), convert(state, MODELS[ours].keys))
+    assert not any(wrong.values()), wrong
+
+
+def agree(original, backbone, images):
+    with torch.inference_mode():
+        theirs = original(((images - MEAN) / STD)[None])
+    ours = backbone(images)
+    close(ours.depth, theirs["depth"][0])
+    close(1 / (1 - ours.confidence), theirs["depth_conf"][0])
+    close(inverse_T(ours.T_world_camera)[:, :3], theirs["extrinsics"][0])
+    close(ours.intrinsics, theirs["intrinsics"][0])
 
 
 def close(ours, theirs, tolerance=1e-3):
@@ -41,15 +80,13 @@ def small(shared):
 )
 def test_any_view_at_other_sizes(shared, small, num_frames, height, width, seed):
     """From three frames on this includes the choice of the reference frame."""
-    original, backbone = small
-    images = torch.from_numpy(load_fill(shared("golden")).images(num_frames, height, width, seed))
-    with torch.inference_mode():
-        theirs = original(((images - MEAN) / STD)[None])
-    ours = backbone(images)
-    close(ours.depth, theirs["depth"][0])
-    close(1 / (1 - ours.confidence), theirs["depth_conf"][0])
-    close(inverse_T(ours.T_world_camera)[:, :3], theirs["extrinsics"][0])
-    close(ours.intrinsics, theirs["intrinsics"][0])
+    agree(*small, torch.from_numpy(load_fill(shared("golden")).images(num_frames, height, width, seed)))
+
+
+@pytest.mark.large
+def test_giant(shared):
+    """Its gated feed-forward has no fixture."""
+    agree(*both(shared("golden"), "da3-giant"), torch.from_numpy(load_fill(shared("golden")).images(3, 56, 70, 6)))
 
 
 @pytest.mark.large

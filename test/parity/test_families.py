@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -43,6 +44,9 @@ def test_the_public_result(family, model, frames):
     assert ((out.confidence >= 0) & (out.confidence < 1)).all()
     torch.testing.assert_close(out.intrinsics[:, 0, 2], torch.full((5,), width / 2))
     torch.testing.assert_close(out.descriptors.norm(dim=-1), torch.ones(5))
+    assert out.depth.is_inference()
+    with pytest.raises(FrozenInstanceError):
+        out.depth = out.confidence
 
 
 def test_descriptors_belong_to_one_frame(model, frames):
@@ -55,6 +59,18 @@ def test_descriptors_belong_to_one_frame(model, frames):
 def test_other_image_sizes_are_refused(model, shape):
     with pytest.raises(ValueError, match="multiples of|must be"):
         Backbone(model)(torch.zeros(shape))
+
+
+def test_other_values_are_refused(model, frames):
+    backbone = Backbone(model)
+    with pytest.raises(ValueError, match=r"floating point in \[0, 1\], got torch.uint8; divide bytes by 255"):
+        backbone((255 * frames).byte())
+    with pytest.raises(ValueError, match=r"in \[0, 1\], got 0 to 255"):
+        backbone(255 * (frames > 0.5).float())
+    with pytest.raises(ValueError, match=r"in \[0, 1\], got nan"):
+        backbone(frames.log().sqrt())
+    with pytest.raises(ValueError, match=r"intrinsics must be \[3, 3\], got \[5, 3, 3\]"):
+        backbone(frames, intrinsics=torch.eye(3).expand(5, 3, 3))
 
 
 def test_known_intrinsics_replace_the_estimate(model, frames):
@@ -123,8 +139,12 @@ def test_nothing_waits_for_the_device(family, monkeypatch):
         model = MODELS[full].build(spec).eval()
         model._mean, model._std = model._mean.to("meta"), model._std.to("meta")
         frames = torch.zeros(1, 4, 3, 3 * spec.trunk.patch, 4 * spec.trunk.patch)
+    context = Backbone(model, "meta").new_context(ContextConfig(), *frames.shape[-2:])
+    thinned = ReductionConfig(kv_factor=2, query_factor=2)
     with torch.inference_mode():
-        assert model(frames).depth.shape == (1, 4, *frames.shape[-2:])
+        for options in (PassOptions(), PassOptions(context=context), PassOptions(context=context, reduction=thinned)):
+            context.begin(4)
+            assert model(frames, options).depth.shape == (1, 4, *frames.shape[-2:])
 
 
 def test_half_precision_path(model, frames, monkeypatch):

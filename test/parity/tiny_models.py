@@ -19,17 +19,19 @@ def tiny_spec(family: str) -> ModelSpec:
     full, kinds, taps = {
         "vggt": (vggt.SPEC, (FRAME, GLOBAL) * 4, (1, 3, 5, 7)),
         "pi3": (pi3.SPEC, (FRAME, GLOBAL) * 2, (3,)),
+        "pi3x": (pi3.PI3X_SPEC, (FRAME, GLOBAL) * 2, (3,)),
         "da3": (da3.SPECS["da3-small"], (FRAME,) * 3 + (GLOBAL, FRAME) * 3 + (GLOBAL,), (3, 5, 7, 9)),
         "omega": (omega.SPEC, (FRAME, GLOBAL, FRAME, REGISTER) * 2 + (FRAME, GLOBAL), (1, 5, 7, 9)),
     }[family]
     plain = 2 if full.trunk.plain else 0
-    trunk = replace(full.trunk, dim=64, heads=2, kinds=kinds, taps=taps, plain=plain)
+    dim = 128 if family == "pi3x" else 64  # its metric scale has one head per 128 channels
+    trunk = replace(full.trunk, dim=dim, heads=2, kinds=kinds, taps=taps, plain=plain)
     middle = frozenset({trunk.num_global // 2}) if full.sensitive else full.sensitive
     return replace(full, trunk=trunk, sensitive=middle, encoder_depth=min(full.encoder_depth, 1), dpt=TINY_DPT)
 
 
 def tiny_model(family: str, seed: int = 0) -> Model:
-    classes = {"vggt": vggt.Vggt, "pi3": pi3.Pi3, "da3": da3.DepthAnything3, "omega": omega.Omega}
+    classes = {"vggt": vggt.Vggt, "pi3": pi3.Pi3, "pi3x": pi3.Pi3X, "da3": da3.DepthAnything3, "omega": omega.Omega}
     model = classes[family](tiny_spec(family))
     randomise(model, seed)
     return model.eval()

@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from huggingface_hub import constants
 
-from spark3r_ros.backbone import load_backbone
+from spark3r_ros.backbone import load_backbone, registry
 from spark3r_ros.backbone.download import DownloadError, cache_dir
 from spark3r_ros.backbone.registry import MODELS, count_parameters, get_model, list_models, weights_path
 
@@ -215,6 +215,20 @@ def test_loading_absent_weights_says_how_to_get_them():
         load_backbone("da3-small")
     with pytest.raises(ValueError, match="models get pi3 --accept-licence"):
         load_backbone("pi3")
+
+
+def test_an_installation_without_its_own_weights_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(registry, "EMBEDDED", tmp_path / "nano.safetensors")
+    with pytest.raises(ValueError, match="embedded weights .* are missing: the installation is incomplete"):
+        load_backbone("nano")
+
+
+def test_one_architecture_under_two_licences():
+    """A file of VGGT alone does not say which of its weights it holds."""
+    said = registry._possible_licences(MODELS["vggt"])
+    assert "CC BY-NC 4.0 (non-commercial) (vggt) or VGGT License v1" in said
+    assert "(vggt-commercial)" in said
+    assert registry._possible_licences(MODELS["da3-small"]) == "Apache-2.0"
 
 
 def test_unknown_name():
