@@ -9,7 +9,7 @@ is bounded however long the path becomes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -22,14 +22,16 @@ from spark3r_ros.windows import Keyframe
 
 logger = logging.getLogger(__name__)
 
-STEP_ROTATION = 0.004  # rad, between consecutive keyframes
+STEP_ROTATION = 0.002  # rad, between consecutive keyframes that SURE_INLIERS tracked points tie together
 STEP_TRANSLATION = 0.02  # share of the step, plus
 STEP_DEPTH = 0.002  # of the distance of the scene
-STEP_SCALE = 0.01  # of log scale
+STEP_SCALE = 0.005  # of log scale
+SURE_INLIERS = 300  # errors of steps grow as points get fewer, in proportion (measured on rendered circuits)
+NETWORK_DOUBT = 2.0  # of steps that only the network has seen
 LOOP_ROTATION = 0.01
 LOOP_TRANSLATION = 0.02  # of the distance of the scene
 LOOP_SCALE = 0.03
-SCALE_PRIOR = 0.3  # of each node's log scale: drift is possible, collapse is not
+SCALE_PRIOR = 1.0  # of each node's log scale: drift is possible, collapse is not
 ITERATIONS = 30
 CAUCHY_WIDTHS = (50.0, 3.0)  # sigmas; wide first, since a true loop looks like an outlier until drift is taken out
 
@@ -45,12 +47,23 @@ class Edge:
     is_loop: bool = False
 
 
-def step_edge(first: int, second: int, T_first_second: np.ndarray, depth: float, log_scale_sigma: float = 0.0) -> Edge:
-    """Consecutive keyframes, solved in the same world; ``depth``: median distance of the scene."""
+def step_edge(
+    first: int, second: int, T_first_second: np.ndarray, depth: float, doubt: float = 1.0, log_scale_sigma: float = 0.0
+) -> Edge:
+    """Consecutive keyframes, solved in the same world.
+
+    ``depth``: median distance of the scene. ``doubt`` multiplies the sigmas of a good step. ``log_scale_sigma``: of the
+    link when another window solved the second.
+    """
     step = float(np.linalg.norm(T_first_second[:3, 3]))
     translation = STEP_TRANSLATION * step + STEP_DEPTH * depth
-    scale = float(np.hypot(STEP_SCALE, log_scale_sigma))
-    return Edge(first, second, T_first_second, (STEP_ROTATION, translation, scale))
+    scale = float(np.hypot(doubt * STEP_SCALE, log_scale_sigma))
+    return Edge(first, second, T_first_second, (doubt * STEP_ROTATION, doubt * translation, scale))
+
+
+def step_doubt(num_inliers: int) -> float:
+    """How much less certain than a good step one is that ``num_inliers`` tracked points tie to the map."""
+    return max(0.5, SURE_INLIERS / max(num_inliers, 10))
 
 
 def loop_edge(first: int, second: int, S_first_second: np.ndarray, depth: float) -> Edge:
@@ -100,6 +113,7 @@ class LoopCloser:
         self._unsolved = 0  # loops since the last solution
         self._urgent = False
         self._last_loop = -(10**9)
+        self._optimise = optimiser()  # here, so that loading it does not hold up the stream at the first loop
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loops")
         self._running: Future[dict[int, np.ndarray]] | None = None
 
@@ -153,7 +167,7 @@ class LoopCloser:
 
     def submit(self, S_map: dict[int, np.ndarray]) -> None:
         self._unsolved, self._urgent = 0, False
-        self._running = self._pool.submit(correct, S_map, list(self.edges), self.config.max_nodes)
+        self._running = self._pool.submit(correct, S_map, list(self.edges), self.config.max_nodes, self._optimise)
 
     def collect(self) -> dict[int, np.ndarray]:
         """The solution that was started last; waits for it."""
@@ -195,7 +209,12 @@ def _distances(keyframes: Sequence[Keyframe]) -> np.ndarray:
 # -- the graph ---------------------------------------------------------------------------------------------------------
 
 
-def correct(S_map: Mapping[int, np.ndarray], edges: Sequence[Edge], max_nodes: int) -> dict[int, np.ndarray]:
+Optimiser = Callable[[dict[int, np.ndarray], Sequence[Edge]], dict[int, np.ndarray]]
+
+
+def correct(
+    S_map: Mapping[int, np.ndarray], edges: Sequence[Edge], max_nodes: int, optimise: Optimiser
+) -> dict[int, np.ndarray]:
     """Similarities [4, 4] of all keyframes that agree best with the edges, found with at most ``max_nodes`` anchors."""
     anchor_of, condensed = condense(S_map, edges, max_nodes)
     anchors = {a for pair in anchor_of.values() for a in pair}
@@ -274,13 +293,13 @@ def spread(
     return moved
 
 
-def optimise(S_map: dict[int, np.ndarray], edges: Sequence[Edge]) -> dict[int, np.ndarray]:
-    """Similarities [4, 4] of all nodes that agree best with the edges; the first node stays where it is."""
+def optimiser() -> Optimiser:
+    """The solver of this machine: similarities [4, 4] of all nodes that agree best with the edges, the first fixed."""
     try:
         import gtsam  # noqa: F401
     except ImportError:
-        return optimise_scipy(S_map, edges)
-    return optimise_gtsam(S_map, edges)
+        return optimise_scipy
+    return optimise_gtsam
 
 
 def optimise_gtsam(S_map: dict[int, np.ndarray], edges: Sequence[Edge]) -> dict[int, np.ndarray]:

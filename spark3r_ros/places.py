@@ -18,6 +18,7 @@ from spark3r_ros.windows import DepthMap
 
 REPROJECTION = 0.006  # of rays with z = 1: three pixels at a focal length of 500
 RANSAC_ROUNDS = 300
+DEPTH_SIGMA = 0.1  # of the log of one corner's depth, as a network sees it
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +119,8 @@ def recognise(query: Place, place: Place, config: LoopConfig) -> Sighting | None
     """Where the query's camera stands relative to a place, or None when it does not see it.
 
     The pose comes from the place's corners seen by the query. When the query has depths too, the ratio of depths in the
-    query's own camera gives the scale, and the same the other way round must agree in scale and pose.
+    query's own camera gives the scale, the same the other way round must agree in scale and pose, and both are then
+    solved jointly: one similarity that must explain what either camera sees of the other's corners.
     """
     mine, theirs = _match(query.orb, place.orb)
     forward = _pose(place.xyz[theirs], query.xy[mine], config.min_inliers)
@@ -137,6 +139,11 @@ def recognise(query: Place, place: Place, config: LoopConfig) -> Sighting | None
         spread = _disagreement(T_query_place, log_scale, backward, query, place, mine, theirs)
         if not spread <= config.max_scale_spread:
             return None
+        pairs = _Pairs(place.xyz[theirs].astype(float), query.xyz[mine].astype(float), place.xy[theirs], query.xy[mine])
+        T_query_place, log_scale = _solve_jointly(T_query_place, log_scale, pairs)
+        if min(pairs.num_agreeing(T_query_place, log_scale)) < config.min_inliers:
+            return None
+        xyz = geometry.transform(T_query_place, place.xyz[theirs][inlier].astype(float))
     S_place_query = geometry.inverse(T_query_place) @ geometry.similarity(float(np.exp(log_scale)), np.eye(4))
     return Sighting(place, S_place_query, int(inlier.sum()), log_scale, spread, xyz, query.xy[mine][inlier])
 
@@ -168,6 +175,58 @@ def _disagreement(
     loop = T_query_place @ moved
     shift = float(np.linalg.norm(loop[:3, 3])) / float(np.median(own[known]))
     return max(abs(back - log_scale), float(geometry.rotation_angle(loop[:3, :3])), shift)
+
+
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """Corners that two cameras share: M of them, each with what both know of it; NaN where a depth is not known."""
+
+    place_xyz: np.ndarray  # [M, 3] camera and units of the place
+    query_xyz: np.ndarray  # [M, 3] camera and units of the query
+    place_xy: np.ndarray  # [M, 2] rays (z = 1)
+    query_xy: np.ndarray  # [M, 2]
+
+    def errors(self, T_query_place: np.ndarray, log_scale: float) -> np.ndarray:
+        """[5, M] how far the place's corners lie off the query's rays (2), the query's off the place's (2), and by how
+        much their depths differ in log; over the sigma of each, and zero where something is not known."""
+        S_place_query = geometry.inverse(T_query_place) @ geometry.similarity(float(np.exp(log_scale)), np.eye(4))
+        forward = geometry.transform(T_query_place, self.place_xyz)  # query camera, place units
+        backward = geometry.transform(S_place_query, self.query_xyz)
+        rows = []
+        with np.errstate(all="ignore"):
+            for moved, rays in ((forward, self.query_xy), (backward, self.place_xy)):
+                off = (moved[:, :2] / moved[:, 2:] - rays) / REPROJECTION
+                off[~(moved[:, 2] > 0)] = np.nan
+                rows += [off[:, 0], off[:, 1]]
+            rows.append((np.log(forward[:, 2] / self.query_xyz[:, 2]) - log_scale) / DEPTH_SIGMA)
+        return np.nan_to_num(np.stack(rows), nan=0.0, posinf=0.0, neginf=0.0)
+
+    def num_agreeing(self, T_query_place: np.ndarray, log_scale: float) -> tuple[int, int]:
+        """Corners of the place that the query sees where they should be, and the other way round."""
+        errors = self.errors(T_query_place, log_scale)
+        there, back = (np.hypot(errors[i], errors[i + 1]) for i in (0, 2))
+        return int(np.sum((there < 1) & (there > 0))), int(np.sum((back < 1) & (back > 0)))
+
+
+def _solve_jointly(T_query_place: np.ndarray, log_scale: float, pairs: _Pairs) -> tuple[np.ndarray, float]:
+    """The pose and log scale (place units per query unit) that both cameras agree on best: IRLS (Cauchy)."""
+    for _ in range(8):
+        error = pairs.errors(T_query_place, log_scale)  # [5, M]
+        columns = []
+        for axis in range(7):
+            step = np.zeros(7)
+            step[axis] = 1e-6
+            moved = geometry.se3_exp(step[:6]) @ T_query_place
+            columns.append((pairs.errors(moved, log_scale + step[6]) - error).ravel() / 1e-6)
+        J = np.stack(columns, axis=1)  # [5 M, 7]
+        weight = 1 / (1 + error.ravel() ** 2)
+        step = np.linalg.lstsq(
+            (J * weight[:, None]).T @ J + 1e-9 * np.eye(7), -J.T @ (weight * error.ravel()), rcond=None
+        )[0]
+        T_query_place, log_scale = geometry.se3_exp(step[:6]) @ T_query_place, log_scale + float(step[6])
+        if np.abs(step).max() < 1e-6:
+            break
+    return geometry.make_T(geometry.project_to_so3(T_query_place[:3, :3]), T_query_place[:3, 3]), log_scale
 
 
 def _match(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

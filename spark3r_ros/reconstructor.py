@@ -37,7 +37,7 @@ from spark3r_ros.frame import (
     Update,
     WindowReport,
 )
-from spark3r_ros.loops import Edge, LoopCloser, loop_edge, step_edge
+from spark3r_ros.loops import NETWORK_DOUBT, Edge, LoopCloser, loop_edge, step_doubt, step_edge
 from spark3r_ros.map_file import MapFileError, SavedMap
 from spark3r_ros.places import Corners, PlaceStore, Sighting, describe, make_place
 from spark3r_ros.point_map import KeyframePoints, PointMap, keyframe_points, trusted
@@ -230,7 +230,8 @@ class Reconstructor:
         self._move(keyframe, T_world_camera)
         tracks = self._features.set_keyframe(keyframe.id)
         if self._refiner is not None:
-            self._refiner.add_keyframe(keyframe.id, tracks, T_world_camera if self._num_windows else None)
+            fit = self._refiner.add_keyframe(keyframe.id, tracks, T_world_camera if self._num_windows else None)
+            keyframe.num_inliers = fit.num_inliers if fit is not None else None
             self._follow_refiner([*self._window.keyframes, keyframe])
         self._window.add(keyframe)
         return keyframe
@@ -465,15 +466,19 @@ class Reconstructor:
         if self._loops.is_due:
             self._loops.submit({k.id: k.S_map_keyframe for k in self._keyframes.values() if k.is_solved})
 
-    def _step(self, keyframe: Keyframe, doubt: float) -> None:
-        """Join a new keyframe to the one before it; ``doubt``: sigma of log scale between their windows."""
+    def _step(self, keyframe: Keyframe, link_sigma: float) -> None:
+        """Join a new keyframe to the one before it; ``link_sigma``: of log scale, of the link between their windows."""
         before = self._keyframes.get(keyframe.id - 1)
         if before is None:
             return
         T = geometry.inverse(before.T_world_camera) @ keyframe.T_world_camera
         keyframe.travelled = before.travelled + keyframe.scale * float(np.linalg.norm(T[:3, 3]))
         if before.segment == keyframe.segment and before.is_solved:
-            self._loops.edges.append(step_edge(before.id, keyframe.id, T, keyframe.median_depth, doubt))
+            if keyframe.num_inliers is None:
+                edge = step_edge(before.id, keyframe.id, T, keyframe.median_depth, NETWORK_DOUBT, link_sigma)
+            else:  # the sparse map, not the link, holds the windows together
+                edge = step_edge(before.id, keyframe.id, T, keyframe.median_depth, step_doubt(keyframe.num_inliers))
+            self._loops.edges.append(edge)
 
     def _tie(self, keyframe: Keyframe) -> None:
         """A keyframe of a camera that was found again hangs on the place where it was found."""

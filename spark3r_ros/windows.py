@@ -65,6 +65,7 @@ class Keyframe:
     dense: DepthMap | None = None
     median_depth: float = 1.0  # distance of the scene, world units
     travelled: float = 0.0  # length of the path up to here when it was solved, map units
+    num_inliers: int | None = None  # tracked points that tie it to the sparse map; None: none was asked
     is_solved: bool = False  # has had its window, and so is a node of the pose graph
     place: Place | None = None  # how it looks; None: not solved yet, or forgotten
     corners: Corners | None = None  # what place is made from once there is depth

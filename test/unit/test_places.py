@@ -1,0 +1,112 @@
+"""Recognising a place: the joint solve of both cameras, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from spark3r_ros import geometry
+from spark3r_ros.config import LoopConfig
+from spark3r_ros.places import Place, PlaceStore, recognise
+
+TRUTH = geometry.se3_exp(np.array([0.3, -0.1, 0.2, 0.05, 0.2, -0.02]))  # T_place_query, place units
+LOG_SCALE = 0.4  # of place units per query unit
+
+
+def seen(number: int, xyz: np.ndarray, orb: np.ndarray, noise: float, depth_noise: float, seed: int) -> Place:
+    """A place that knows points [N, 3] of its own camera, with noise in rays and depths."""
+    rng = np.random.default_rng(seed)
+    xy = xyz[:, :2] / xyz[:, 2:] + rng.normal(0, noise, (len(xyz), 2))
+    depth = xyz[:, 2] * np.exp(rng.normal(0, depth_noise, len(xyz)))
+    return Place(number, np.ones(4, np.float32), xy.astype(np.float32), depth.astype(np.float32), orb)
+
+
+def two_views(count=150, noise=0.001, depth_noise=0.05, log_scale=LOG_SCALE, seed=0) -> tuple[Place, Place]:
+    """Query and place of the same corners."""
+    rng = np.random.default_rng(seed)
+    points = np.concatenate([rng.uniform(-1, 1, (count, 2)), rng.uniform(2, 5, (count, 1))], axis=1)
+    points[:, :2] *= points[:, 2:] * 0.5
+    orb = rng.integers(0, 256, (count, 32), np.uint8)
+    place = seen(3, points, orb, noise, depth_noise, seed + 1)
+    mine = geometry.transform(geometry.inverse(TRUTH), points) * np.exp(-log_scale)
+    return seen(9, mine, orb, noise, depth_noise, seed + 2), place
+
+
+def pose_error(sighting) -> tuple[float, float, float]:
+    scale = float(geometry.scale_of(sighting.S_place_query))
+    off = geometry.inverse(TRUTH) @ geometry.make_T(
+        sighting.S_place_query[:3, :3] / scale, sighting.S_place_query[:3, 3]
+    )
+    return float(geometry.rotation_angle(off[:3, :3])), float(np.linalg.norm(off[:3, 3])), np.log(scale) - LOG_SCALE
+
+
+def test_both_cameras_give_pose_and_scale():
+    query, place = two_views()
+    sighting = recognise(query, place, LoopConfig())
+    rotation, shift, log_scale = pose_error(sighting)
+    assert rotation < 0.01
+    assert shift < 0.03
+    assert log_scale == pytest.approx(0, abs=0.02)
+    assert sighting.num_inliers > 100
+
+
+def test_the_joint_solve_is_better_than_one_direction():
+    joint, single = [], []
+    for seed in range(12):
+        query, place = two_views(100, 0.002, 0.04, seed=10 * seed)
+        joint.append(pose_error(recognise(query, place, LoopConfig())))
+        blind = dataclasses.replace(query, depth=np.full(100, np.nan, np.float32))
+        single.append(pose_error(recognise(blind, place, LoopConfig())))
+    rms_joint, rms_single = (np.sqrt(np.mean(np.square(e), axis=0)) for e in (joint, single))
+    assert rms_joint[0] < rms_single[0]
+    assert rms_joint[1] < rms_single[1]
+
+
+def test_a_query_without_depth_has_no_scale():
+    query, place = two_views()
+    sighting = recognise(dataclasses.replace(query, depth=np.full(150, np.nan, np.float32)), place, LoopConfig())
+    assert sighting.log_scale == 0.0
+    assert np.isnan(sighting.scale_spread)
+    assert geometry.scale_of(sighting.S_place_query) == pytest.approx(1)
+
+
+def test_depths_that_contradict_each_other_are_refused():
+    """What the query believes of the distances does not fit what the place believes: not the same place, or no depth."""
+    query, place = two_views()
+    skewed = query.depth * np.exp(1.5 * query.xy[:, 0]).astype(np.float32)
+    assert recognise(dataclasses.replace(query, depth=skewed), place, LoopConfig()) is None
+
+
+def test_other_corners_are_not_recognised():
+    query, _ = two_views(seed=0)
+    _, place = two_views(seed=50)
+    assert recognise(query, place, LoopConfig()) is None
+
+
+def test_matches_that_fit_no_camera_are_refused():
+    query, place = two_views()
+    shuffled = np.random.default_rng(0).permutation(150)
+    assert recognise(dataclasses.replace(query, orb=query.orb[shuffled]), place, LoopConfig()) is None
+
+
+def test_few_corners_are_not_enough():
+    query, place = two_views(count=20)
+    assert recognise(query, place, LoopConfig(min_inliers=25)) is None
+    assert recognise(query, place, LoopConfig(min_inliers=12)) is not None
+
+
+def test_places_that_look_alike_come_first_and_apart():
+    store = PlaceStore()
+    rng = np.random.default_rng(0)
+    none = np.zeros((0, 2), np.float32)
+    for number in range(100):
+        descriptor = rng.normal(0, 1, 16).astype(np.float32)
+        store.add(Place(number, descriptor, none, none[:, 0], np.zeros((0, 32), np.uint8)))
+    best = store.similar(store[40].descriptor, count=3, spacing=3)
+    assert best[0].keyframe_id == 40
+    assert len(best) == 3
+    assert min(abs(p.keyframe_id - q.keyframe_id) for p in best for q in best if p is not q) > 3
+    assert all(p.keyframe_id < 20 for p in store.similar(store[40].descriptor, 5, 0, before=20))
+    assert store.similar(store[40].descriptor, 5, 0, before=0) == []
