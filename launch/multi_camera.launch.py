@@ -14,14 +14,21 @@ from launch_ros.substitutions import FindPackageShare
 from launch import LaunchDescription
 
 
+def in_share(*parts):
+    return PathJoinSubstitution([FindPackageShare("spark3r_ros"), *parts])
+
+
 def generate_launch_description():
-    config = PathJoinSubstitution([FindPackageShare("spark3r_ros"), "config", "live.yaml"])
     return LaunchDescription(
         [
             DeclareLaunchArgument("cameras", default_value="front,rear", description="namespaces, comma separated"),
             DeclareLaunchArgument("image_topic", default_value="image_raw", description="inside each namespace"),
             DeclareLaunchArgument("camera_info_topic", default_value="camera_info", description="inside each"),
-            DeclareLaunchArgument("config", default_value=config, description="YAML file with parameters, for all"),
+            DeclareLaunchArgument(
+                "config",
+                default_value=in_share("config", "live.yaml"),
+                description="YAML file with parameters, for all",
+            ),
             DeclareLaunchArgument("use_sim_time", default_value="false", description="take time from /clock"),
             OpaqueFunction(function=nodes),
         ]

@@ -3,8 +3,8 @@
     ros2 launch spark3r_ros replay.launch.py bag:=/path/to/bag image_topic:=/camera/image_raw rviz:=true
     ros2 launch spark3r_ros replay.launch.py bag:=/path/to/bag offline:=true out:=/tmp/map
 
-The player waits until the node has loaded its model and listens. ``ros2 bag play --clock 100 BAG`` does the same for a
-node that runs already.
+Takes the other arguments of live.launch.py as well. The player waits until the node has loaded its model and listens.
+``ros2 bag play --clock 100 BAG`` does the same for a node that runs already.
 """
 
 import sys
@@ -32,15 +32,10 @@ def generate_launch_description():
             DeclareLaunchArgument("offline", default_value="false", description="read the bag directly, no topics"),
             DeclareLaunchArgument("out", default_value="spark3r_out", description="folder for the results of offline"),
             DeclareLaunchArgument("image_topic", default_value="/camera/image_raw", description="images in the bag"),
-            DeclareLaunchArgument(
-                "camera_info_topic", default_value="/camera/camera_info", description="calibration in the bag"
-            ),
             DeclareLaunchArgument("model", default_value="", description="backbone; empty: as in config"),
             DeclareLaunchArgument(
                 "config", default_value=in_share("config", "replay.yaml"), description="YAML file with parameters"
             ),
-            DeclareLaunchArgument("namespace", default_value="", description="of the node and its topics"),
-            DeclareLaunchArgument("rviz", default_value="false", description="start RViz as well"),
             OpaqueFunction(function=replay),
         ]
     )
@@ -58,13 +53,12 @@ def replay(context):
         topic = ["--topic", value("image_topic")]
         command = ["-m", "spark3r_ros.cli", "map", value("bag"), "--out", value("out"), *topic, *model]
         return [ExecuteProcess(cmd=[sys.executable, *command], output="screen")]
-    names = ("image_topic", "camera_info_topic", "model", "config", "namespace", "rviz")
-    arguments = {name: value(name) for name in names} | {"use_sim_time": "true"}
     loops = LOOPS_FOREVER if is_on("loop") else "1"
     command = ["-m", "spark3r_ros.ros.player", value("bag"), "--rate", value("rate"), "--loops", loops]
     return [
         IncludeLaunchDescription(
-            PythonLaunchDescriptionSource(in_share("launch", "live.launch.py")), launch_arguments=arguments.items()
+            PythonLaunchDescriptionSource(in_share("launch", "live.launch.py")),
+            launch_arguments=[("use_sim_time", "true")],  # it finds the others, which are set already
         ),
         ExecuteProcess(cmd=[sys.executable, *command, "--wait-for", value("image_topic")], output="screen"),
     ]

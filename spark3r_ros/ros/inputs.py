@@ -132,10 +132,14 @@ class ImageInput:
         )
 
     def _elsewhere(self, own_type: str) -> str:
+        """Where other nodes publish such images."""
+        own = self._node.get_name(), self._node.get_namespace()
         topics = [
             topic
             for topic, types in self._node.get_topic_names_and_types()
-            if own_type in types and topic != self.topic and self._node.count_publishers(topic)
+            if own_type in types and topic != self.topic
+            for publisher in self._node.get_publishers_info_by_topic(topic)[:1]
+            if (publisher.node_name, publisher.node_namespace) != own
         ]
         return f" {own_type} is published on {', '.join(sorted(topics))}" if topics else ""
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from diagnostic_msgs.msg import DiagnosticArray
 from nav_msgs.msg import Odometry, Path
-from rclpy.qos import QoSProfile
-from sensor_msgs.msg import CameraInfo, Image, PointCloud2
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2
 from tf2_msgs.msg import TFMessage
 from visualization_msgs.msg import MarkerArray
 
@@ -25,7 +25,8 @@ class Output:
 @dataclass(frozen=True)
 class Input:
     topic: str
-    kind: str
+    kinds: tuple[type, ...]
+    profile: QoSProfile
     doc: str
 
 
@@ -53,13 +54,15 @@ OUTPUTS = (
 INPUTS = (
     Input(
         "image",
-        "sensor_msgs/msg/Image or CompressedImage",
-        "the camera; `image_transport` and `reliability` decide how",
+        (Image, CompressedImage),
+        qos.image_profile(ReliabilityPolicy.RELIABLE, keep_all=False),
+        "the camera; `image_transport` says which type, `reliability` may make it best effort",
     ),
-    Input("camera_info", "sensor_msgs/msg/CameraInfo", "optional: intrinsics and distortion"),
-    Input("depth", "sensor_msgs/msg/Image", "optional: 16UC1 or 32FC1 registered to the image; makes the scale metric"),
-    Input("odom", "nav_msgs/msg/Odometry", "optional: the robot's own odometry; makes the scale metric"),
-    Input("/tf, /tf_static", "tf2_msgs/msg/TFMessage", "`base_frame` <- camera, and the robot's odometry"),
+    Input("camera_info", (CameraInfo,), qos.SENSOR, "optional: intrinsics and distortion"),
+    Input("depth", (Image,), qos.SENSOR, "optional: 16UC1 or 32FC1, registered to the image; makes the scale metric"),
+    Input("odom", (Odometry,), qos.ROBOT_ODOMETRY, "optional: the robot's own odometry; makes the scale metric"),
+    Input("/tf", (TFMessage,), qos.TF, "the robot's odometry in `map_to_odom`, and a camera that moves on the robot"),
+    Input("/tf_static", (TFMessage,), qos.TF_STATIC, "`base_frame` <- camera"),
 )
 
 SERVICES = (

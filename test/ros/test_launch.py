@@ -1,14 +1,30 @@
 """Launch files and the files they bring along."""
 
+import contextlib
 import importlib.util
 import json
+import os
+import signal
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from nav_msgs.msg import Odometry
+from rcl_interfaces.srv import GetParameters
+from rclpy.parameter import parameter_value_to_python
+from rclpy.qos import QoSProfile
+from rig import image
+from sensor_msgs.msg import Image
+from test_processes import Listener
 
-from spark3r_ros.ros import interface, parameters
+from spark3r_ros import bags
+from spark3r_ros.frame import Frame
+from spark3r_ros.ros import interface, parameters, stamps
+from spark3r_ros.ros.outputs import place_file
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH_FILES = sorted((ROOT / "launch").glob("*.launch.py"))
@@ -130,6 +146,115 @@ def test_multi_camera(monkeypatch):
     assert [settings(n)["tf_mode"] for n in started] == ["odom_to_base", "off"]
     for node in started:
         parameters.build_configs({k: v for k, v in settings(node).items() if k != "use_sim_time"})
+
+
+# ---- really launched -------------------------------------------------------------------------------------------------
+
+LAUNCH = """
+import sys
+from launch import LaunchDescription, LaunchService
+from launch.actions import IncludeLaunchDescription
+from launch.launch_description_sources import PythonLaunchDescriptionSource
+service = LaunchService(noninteractive=True)
+arguments = [word.split(":=") for word in sys.argv[2:]]
+service.include_launch_description(LaunchDescription([
+    IncludeLaunchDescription(PythonLaunchDescriptionSource(sys.argv[1]), launch_arguments=arguments)]))
+sys.exit(service.run())
+"""
+
+
+@contextlib.contextmanager
+def launched(tmp_path, name, *arguments):
+    """``ros2 launch spark3r_ros NAME`` from an installation of its own, whose node has a fake reconstructor."""
+    pytest.importorskip("launch.actions", reason="launch is not installed here")
+    pytest.importorskip("launch_ros.actions", reason="launch_ros is not installed here")
+    prefix = tmp_path / "prefix"
+    share, executable = prefix / "share" / "spark3r_ros", prefix / "lib" / "spark3r_ros" / "spark3r_node"
+    for folder in (share, executable.parent, prefix / "share/ament_index/resource_index/packages"):
+        folder.mkdir(parents=True)
+    (prefix / "share/ament_index/resource_index/packages/spark3r_ros").touch()
+    for folder in ("launch", "config"):
+        (share / folder).symlink_to(ROOT / folder)
+    executable.write_text(
+        f"#!{sys.executable}\nimport sys; sys.path[:0] = {[str(ROOT), str(Path(__file__).parent)]!r}\n"
+        "from fake import FakeReconstructor\nfrom spark3r_ros.ros import node\n"
+        "sys.exit(node.main(make_reconstructor=FakeReconstructor))\n"
+    )
+    executable.chmod(0o755)
+    paths = {
+        "AMENT_PREFIX_PATH": f"{prefix}:{os.environ.get('AMENT_PREFIX_PATH', '')}",
+        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+    }
+    with (tmp_path / "launch.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCH, str(share / "launch" / name), *arguments],
+            stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **paths}, start_new_session=True,
+        )  # fmt: skip
+    try:
+        yield process
+        os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches the whole group, and launch passes it on
+        process.wait(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    text = (tmp_path / "launch.log").read_text()
+    assert "Traceback" not in text, text
+    assert "process has died" not in text, text
+
+
+def parameter(listener, node, name):
+    client = listener.node.create_client(GetParameters, f"{node}/get_parameters")
+    listener.until(client.service_is_ready, 60)
+    future = client.call_async(GetParameters.Request(names=[name]))
+    listener.until(future.done, 60)
+    return parameter_value_to_python(future.result().values[0])
+
+
+def test_live_is_launched_with_its_arguments_and_ends_with_ctrl_c(ros, tmp_path):
+    arguments = ("namespace:=robot", "base_frame:=camera", "image_topic:=/cam/image", "tf_mode:=map_to_camera")
+    with launched(tmp_path, "live.launch.py", *arguments):
+        listener = Listener((Odometry, "/robot/spark3r/odometry", QoSProfile(depth=10)))
+        publisher = listener.node.create_publisher(Image, "/cam/image", QoSProfile(depth=10))
+        listener.until(publisher.get_subscription_count, 60)
+        assert parameter(listener, "/robot/spark3r", "tf_mode") == "map_to_camera"
+        assert parameter(listener, "/robot/spark3r", "base_frame") == ""
+        assert parameter(listener, "/robot/spark3r", "drop_policy") == "newest"
+        publisher.publish(image(1_000_000_000))
+        listener.until(lambda: listener.got["/robot/spark3r/odometry"], 60)
+
+
+def test_replay_is_launched_plays_every_image_and_keeps_the_config(ros, tmp_path):
+    stamps_ns = [1_000_000_000 + i * 20_000_000 for i in range(30)]
+    frames = (Frame(s, np.zeros((48, 64, 3), np.uint8), "camera_optical_frame") for s in stamps_ns)
+    bags.write_bag(frames, tmp_path / "bag")
+    listener = Listener((Odometry, "/spark3r/odometry", QoSProfile(depth=100)))
+    odometry = listener.got["/spark3r/odometry"]
+    with launched(tmp_path, "replay.launch.py", f"bag:={tmp_path / 'bag'}", "rate:=0.5", "tf_mode:=off"):
+        listener.until(lambda: len(odometry) == 30, 60)
+        assert [stamps.to_ns(m.header.stamp) for m in odometry] == stamps_ns
+        assert parameter(listener, "/spark3r", "use_sim_time") is True
+        assert parameter(listener, "/spark3r", "drop_policy") == "never"
+        assert parameter(listener, "/spark3r", "tf_mode") == "off", "an argument of live.launch.py"
+
+
+def test_localization_is_launched_in_its_map(ros, tmp_path):
+    (tmp_path / "office.map").write_text("{}")
+    place_file(tmp_path / "office.map").write_text(json.dumps({"T_map_world": np.eye(4).tolist()}))
+    listener = Listener()
+    with launched(tmp_path, "localization.launch.py", f"map_file:={tmp_path / 'office.map'}", "base_frame:=robot"):
+        listener.until(lambda: listener.node.count_subscribers("/camera/image_raw"), 60)
+        assert parameter(listener, "/spark3r", "load_map_on_start") is True
+        assert parameter(listener, "/spark3r", "tf_mode") == "map_to_odom"
+        assert parameter(listener, "/spark3r", "base_frame") == "robot"
+
+
+def test_multi_camera_is_launched(ros, tmp_path):
+    listener = Listener()
+    with launched(tmp_path, "multi_camera.launch.py", "cameras:=left,right"):
+        for camera, mode in (("left", "odom_to_base"), ("right", "off")):
+            listener.until(lambda camera=camera: listener.node.count_subscribers(f"/{camera}/image_raw"), 60)
+            assert parameter(listener, f"/{camera}/spark3r", "tf_mode") == mode
 
 
 # ---- the files beside them ------------------------------------------------------------------------------------------
