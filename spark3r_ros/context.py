@@ -285,11 +285,9 @@ class KVContext:
             for i, per_frame in enumerate(spec.layer_tokens)
         )
         camera = (frames + window) * spec.camera_shape[0] * spec.camera_shape[1]
-        values = 2 * tokens * spec.num_heads * spec.head_dim + camera
-        return (
-            values * self._like.element_size()
-            + 4 * self._num_mean_keys(frames, window) * spec.num_heads * spec.head_dim
-        )
+        width = spec.num_heads * spec.head_dim
+        singles = camera + self._num_mean_keys(frames, window) * width  # kept in float32
+        return 2 * tokens * width * self._like.element_size() + 4 * singles
 
     def _num_mean_keys(self, frames: int, window: int) -> int:
         """Frames that may have a page in some layer, and those of a pass beside them."""
@@ -327,7 +325,7 @@ class KVContext:
         ring = self.config.special_frames
         layer = _Layer(ring, spec.num_special, pages, window, tokens, spec.num_heads, self._like)
         if index == self._key_layer and spec.camera_shape[0]:
-            layer.camera = self._like.new_zeros((pages + window, *spec.camera_shape))
+            layer.camera = self._like.new_zeros((pages + window, *spec.camera_shape), dtype=torch.float32)
         return layer
 
     def _adopt(self, source: _Layer, target: _Layer) -> None:

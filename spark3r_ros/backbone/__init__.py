@@ -11,7 +11,7 @@ from torch import Tensor
 from spark3r_ros.backbone.model import Model, ModelSpec
 from spark3r_ros.backbone.trunk import PassOptions
 from spark3r_ros.config import ContextConfig, ReductionConfig
-from spark3r_ros.context import KVContext
+from spark3r_ros.context import ContextSpec, KVContext
 from spark3r_ros.frame import Prediction
 from spark3r_ros.preprocess import Resize
 from spark3r_ros.reduction import sensitive_layers
@@ -41,12 +41,12 @@ class Backbone:
         """An empty context for images of this network size; ValueError for a model whose frames never meet."""
         if not self.spec.trunk.num_global:
             raise ValueError(f"{self.spec.name} has no attention across frames: it takes no context")
+        return KVContext(self._context_spec(height, width), config, self.device, self._dtype)
+
+    def _context_spec(self, height: int, width: int) -> ContextSpec:
         patch = self.spec.trunk.patch
         num_patches = (height // patch) * (width // patch)
-        context_spec = self.spec.trunk.context_spec(
-            num_patches, self._sensitive(ReductionConfig()), self.spec.camera_tokens
-        )
-        return KVContext(context_spec, config, self.device, self._dtype)
+        return self.spec.trunk.context_spec(num_patches, self._sensitive(ReductionConfig()), self.spec.camera_tokens)
 
     def _sensitive(self, config: ReductionConfig) -> frozenset[int]:
         return sensitive_layers(config, self.spec.name, self.spec.trunk.num_global, self.spec.sensitive)
@@ -82,9 +82,12 @@ class Backbone:
         self._check(images)
         if intrinsics is not None and intrinsics.shape != (3, 3):
             raise ValueError(f"intrinsics must be [3, 3], got {list(intrinsics.shape)}")
-        images = images.to(self.device)
+        images = images.to(self.device, torch.float32)
         motion = self.model.motion(images, previous)
         known = None if intrinsics is None else intrinsics.to(self.device, torch.float32).expand(1, len(images), 3, 3)
+        height, width = images.shape[-2:]
+        if context is not None and context.spec.layer_tokens != self._context_spec(height, width).layer_tokens:
+            raise ValueError(f"the context is not one of {self.spec.name} at {width}x{height}: make a new one")
         first = context is None or context.is_empty
         if context is not None:
             context.begin(len(images))

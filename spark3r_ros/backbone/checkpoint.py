@@ -103,20 +103,22 @@ def read_checkpoint(path: str | Path) -> State:
         raise CheckpointError(f"{path} is refused: it holds more than tensors ({_first_line(error)})") from error
     except _DAMAGE as error:
         raise CheckpointError(f"{path} is damaged or cut short ({_first_line(error)}); fetch it again") from error
-    return _unwrap(content, path)
+    return unwrap(content, str(path))
 
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:200]
 
 
-def _unwrap(content: object, path: Path) -> State:
-    """Tensors of a training checkpoint that keeps them one level down."""
+def unwrap(content: object, source: str) -> State:
+    """The dictionary of tensors itself, or out of a training checkpoint that keeps it one level down."""
     for name in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
-    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise CheckpointError(f"{path} does not hold a dictionary of tensors")
+    if not isinstance(content, Mapping) or not all(
+        isinstance(k, str) and isinstance(content[k], Tensor) for k in content
+    ):
+        raise CheckpointError(f"{source} does not hold a dictionary of tensors")
     return dict(content)
 
 
@@ -168,15 +170,17 @@ def load_strictly(
     """Give a model built on the meta device these tensors as its own, in float32.
 
     Raises:
-        CheckpointError: missing, unknown, misshapen or non-finite tensors, all listed; see ``differences``.
+        CheckpointError: missing, unknown, misshapen, quantised or non-finite tensors, listed; see ``differences``.
     """
-    wrong = differences(model.state_dict(), state, file_names)
+    names = file_names or {}
+    wrong = differences(model.state_dict(), state, names)
+    wrong["not floating point"] = sorted(names.get(k, k) for k, v in state.items() if not v.is_floating_point())
     if not any(wrong.values()):
-        names = file_names or {}
-        wrong["not finite"] = sorted(names.get(key, key) for key in state if not torch.isfinite(state[key]).all())
+        state = {key: value.float() for key, value in state.items()}
+        wrong["not finite"] = sorted(names.get(k, k) for k, v in state.items() if not torch.isfinite(v).all())
     if any(wrong.values()):
         raise CheckpointError(f"{source} does not fit: {_listed(wrong)}")
-    model.load_state_dict({k: v.float() for k, v in state.items()}, strict=True, assign=True)
+    model.load_state_dict(state, strict=True, assign=True)
 
 
 def _listed(wrong: Mapping[str, list[str]], limit: int = 10) -> str:

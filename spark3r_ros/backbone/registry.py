@@ -18,6 +18,7 @@ from spark3r_ros.backbone.checkpoint import (
     differences,
     load_strictly,
     read_checkpoint,
+    unwrap,
 )
 from spark3r_ros.backbone.download import Weights, by_hand, cached_path, download
 from spark3r_ros.backbone.model import Model, ModelSpec
@@ -177,7 +178,8 @@ def load_model(name: str, checkpoint: str | Path | Mapping[str, Tensor] | None) 
     """
     given = name
     if isinstance(checkpoint, Mapping):
-        source, state = "the given checkpoint", dict(checkpoint)
+        source = "the given checkpoint"
+        state = unwrap(checkpoint, source)
     else:
         path = _find_file(name, checkpoint)
         source, state = str(path), read_checkpoint(path)

@@ -22,21 +22,21 @@ except ImportError as error:
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 
+def without_memory(name):
+    """The original on the meta device, where building it takes no time."""
+    linspace = torch.linspace  # whose values its constructor reads back
+    with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
+        patch.setattr(torch, "linspace", lambda *args, **kwargs: linspace(*args, **{**kwargs, "device": "cpu"}))
+        return create_object(load_config(MODEL_REGISTRY[name])).eval()
+
+
 def both(golden, name):
     """The original with the fixtures' weights, and ours on the same memory."""
-    original = create_object(load_config(MODEL_REGISTRY[name])).eval()
+    original = without_memory(name).to_empty(device="cpu")
     state, fill = original.state_dict(), load_fill(golden)
     for key, value in state.items():
         value.copy_(torch.from_numpy(fill.tensor(key, tuple(value.shape))))
     return original, load_backbone(name, state)
-
-
-def keys_of_the_original(name, monkeypatch):
-    """Without memory for weights."""
-    linspace = torch.linspace  # whose values its constructor reads back
-    monkeypatch.setattr(torch, "linspace", lambda *args, **kwargs: linspace(*args, **{**kwargs, "device": "cpu"}))
-    with torch.device("meta"):
-        return create_object(load_config(MODEL_REGISTRY[name])).state_dict()
 
 
 @pytest.mark.parametrize("prefix", ["", "model."])
@@ -50,8 +50,8 @@ def keys_of_the_original(name, monkeypatch):
         ("da3nested-giant-large", "da3metric-large"),
     ],
 )
-def test_every_key_of_the_original_has_its_place(monkeypatch, theirs, ours, prefix):
-    state = {prefix + key: value for key, value in keys_of_the_original(theirs, monkeypatch).items()}
+def test_every_key_of_the_original_has_its_place(theirs, ours, prefix):
+    state = {prefix + key: value for key, value in without_memory(theirs).state_dict().items()}
     wrong = differences(skeleton(MODELS[ours]).state_dict(), convert(state, MODELS[ours].keys))
     assert not any(wrong.values()), wrong
 
@@ -67,6 +67,7 @@ def agree(original, backbone, images):
 
 
 def close(ours, theirs, tolerance=1e-3):
+    """In units of the original's standard deviation, as with the fixtures."""
     assert float((ours - theirs).abs().max() / theirs.std()) < tolerance
 
 

@@ -73,6 +73,17 @@ def test_other_values_are_refused(model, frames):
         backbone(frames, intrinsics=torch.eye(3).expand(5, 3, 3))
 
 
+def test_a_context_of_another_size_is_refused(model, frames):
+    backbone, patch = Backbone(model), model.spec.trunk.patch
+    context = backbone.new_context(ContextConfig(), 2 * patch, 2 * patch)
+    with pytest.raises(ValueError, match=f"at {4 * patch}x{3 * patch}: make a new one"):
+        backbone(frames, context=context)
+
+
+def test_any_floating_point_type_will_do(model, frames):
+    assert Backbone(model)(frames.double()).depth.dtype == torch.float32
+
+
 def test_known_intrinsics_replace_the_estimate(model, frames):
     K = torch.tensor([[40.0, 0, 28], [0, 41, 21], [0, 0, 1]])
     assert (Backbone(model)(frames, intrinsics=K).intrinsics == K).all()
@@ -154,7 +165,8 @@ def test_half_precision_path(model, frames, monkeypatch):
     backbone = Backbone(model)
     context = backbone.new_context(ContextConfig(), *frames.shape[-2:])
     out = backbone(frames, context=context)
-    assert context._like.dtype == torch.bfloat16
+    assert {layer.kv.dtype for layer in context._layers} == {torch.bfloat16}
+    assert {layer.camera.dtype for layer in context._layers if layer.camera is not None} <= {torch.float32}
     context.commit(range(5), range(5))
     later = backbone(frames[:2], context=context, reduction=ReductionConfig(kv_factor=2, query_factor=2))
     for result in (out, later):

@@ -140,11 +140,23 @@ def test_damaged_bytes_never_end_in_another_error(tmp_path, kind):
     assert refused > 60
 
 
-def test_pytorch_file_without_tensors(tmp_path):
+@pytest.mark.parametrize("content", [[1, 2], {"a": [1]}, {1: torch.zeros(1)}, torch.zeros(1)])
+def test_pytorch_file_without_named_tensors(tmp_path, content):
     path = tmp_path / "list.pt"
-    torch.save([1, 2], path)
-    with pytest.raises(CheckpointError, match="dictionary of tensors"):
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match="list.pt does not hold a dictionary of tensors"):
         read_checkpoint(path)
+
+
+def test_arrays_are_not_tensors():
+    with pytest.raises(CheckpointError, match="the given checkpoint does not hold a dictionary of tensors"):
+        load_backbone("nano", {"trunk.special": np.zeros(3)})
+
+
+def test_quantised_weights_are_refused(state):
+    name = "trunk.blocks.0.norm1.weight"
+    with pytest.raises(CheckpointError, match=f"1 not floating point: {name}"):
+        load_backbone("nano", {**state, name: state[name].to(torch.int8)})
 
 
 def test_all_differences_are_listed(state):
