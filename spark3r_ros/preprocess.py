@@ -90,12 +90,11 @@ class ResizeRule:
         return Resize(box, self._size(box_height, box_width))
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
-        if self.mode == "longest":
+        if self.mode == "longest":  # to whole pixels first, then to the nearest patch, halves up
             scale = self.target / max(height, width)
-        elif self.mode == "width":
-            scale = self.target / width
-        else:
-            scale = self.target / math.sqrt(height * width)
+            rows, columns = (max(1, math.floor(round(side * scale) / self.patch + 0.5)) for side in (height, width))
+            return rows * self.patch, columns * self.patch
+        scale = self.target / (width if self.mode == "width" else math.sqrt(height * width))
         rows, columns = (max(1, round(side * scale / self.patch)) for side in (height, width))
         while self.mode == "area" and max(rows, columns) > 1 and rows * columns * self.patch**2 > self.target**2:
             if columns * height > width * rows and columns > 1:

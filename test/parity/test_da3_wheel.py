@@ -1,7 +1,11 @@
 """Depth-Anything-3 against its own package at other resolutions and frame counts than the fixtures'."""
 
+import importlib
+import sys
 import warnings
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,6 +73,20 @@ def agree(original, backbone, images):
 def close(ours, theirs, tolerance=1e-3):
     """In units of the original's standard deviation, as with the fixtures."""
     assert float((ours - theirs).abs().max() / theirs.std()) < tolerance
+
+
+def test_image_sizes(monkeypatch):
+    """Of the original's own preprocessing; only what makes tensors of its images is replaced (it needs torchvision)."""
+    transforms = ModuleType("torchvision.transforms")
+    transforms.ToTensor = lambda: lambda image: torch.zeros(3, image.height, image.width)
+    transforms.Normalize = lambda *_, **__: torch.nn.Identity()
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(transforms=transforms))
+    monkeypatch.setitem(sys.modules, "torchvision.transforms", transforms)
+    processor = importlib.import_module("depth_anything_3.utils.io.input_processor").InputProcessor()
+    rule, rng = MODELS["da3-small"].spec.resize, np.random.default_rng(0)
+    for height, width in [(480, 640), (1080, 1920), (287, 504), *rng.integers(64, 1400, (60, 2)).tolist()]:
+        tensor, *_ = processor([np.zeros((height, width, 3), np.uint8)], num_workers=1)
+        assert rule.plan(height, width).size == tensor.shape[-2:], (height, width)
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,8 @@ CAMERAS = [
         ("da3-small", (480, 640), (378, 504)),
         ("da3-giant", (640, 480), (504, 378)),
         ("da3metric-large", (1080, 1920), (280, 504)),  # 283.5 is nearer to 280 than to 294
+        ("da3-base", (287, 504), (294, 504)),  # halves go up
+        ("da3-base", (856, 1163), (378, 504)),  # 370.96 counts as 371, which is half-way
         ("omega", (480, 640), (448, 592)),
         ("omega", (300, 1000), (368, 720)),  # cut to 2 : 1
     ],
