@@ -94,7 +94,7 @@ def read_checkpoint(path: str | Path) -> State:
         try:
             return load_file(path)
         except (SafetensorError, *_DAMAGE) as error:
-            raise CheckpointError(f"{path} is damaged or cut short ({error}); fetch it again") from error
+            raise CheckpointError(f"{path} is damaged or cut short ({error}); delete it and fetch it again") from error
     if not head.startswith((b"PK", b"\x80")):
         raise CheckpointError(f"{path} is neither a safetensors nor a PyTorch file, it starts with {head!r}")
     try:
@@ -102,7 +102,9 @@ def read_checkpoint(path: str | Path) -> State:
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} is refused: it holds more than tensors ({_first_line(error)})") from error
     except _DAMAGE as error:
-        raise CheckpointError(f"{path} is damaged or cut short ({_first_line(error)}); fetch it again") from error
+        raise CheckpointError(
+            f"{path} is damaged or cut short ({_first_line(error)}); delete it and fetch it again"
+        ) from error
     return unwrap(content, str(path))
 
 
