@@ -259,6 +259,7 @@ class Spark3rNode(LifecycleNode):
         self._transforms.clear()
         self._companions.clear()
         self._images.forget()
+        self._outputs.tf.restart()  # now, not when the worker comes to it
         self.get_logger().warning(
             f"{reason}: reconstruction, context and transforms are reset, {discarded} images dropped"
         )

@@ -25,11 +25,12 @@ class TransformOutput:
         self._node = node
         self._publisher = publisher
         self._pose, self._map_to_odom = TransformStamped(), TransformStamped()  # the worker's, used again and again
+        self._newest: tuple[int, int] | None = None  # stamp of the newest image, and the node's clock at its arrival
         self.restart()
 
     def restart(self) -> None:
+        """Send no map -> odom until the next pose. The newest image may be one of the time after already."""
         self._T_map_odom: np.ndarray | None = None
-        self._newest: tuple[int, int] | None = None  # stamp of the newest image, and the node's clock at its arrival
         self._due = 0.0  # when image_arrived sends again
 
     def image_arrived(self, stamp_ns: int) -> None:

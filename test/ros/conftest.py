@@ -1,4 +1,4 @@
-"""Nodes under test over real DDS; skipped where ROS 2 is missing. The domain is chosen in test/conftest.py."""
+"""Nodes under test over real DDS; skipped where ROS 2 is missing."""
 
 import pytest
 
@@ -9,9 +9,9 @@ from rig import Rig  # noqa: E402
 
 
 @pytest.fixture
-def ros():
-    """rclpy for one test."""
-    rclpy.init()
+def ros(domain):
+    """rclpy for one test, in a domain of its own."""
+    rclpy.init(domain_id=domain)
     yield
     rclpy.try_shutdown()
 

@@ -160,6 +160,25 @@ def test_every_service_under_load(rig, tmp_path):
         thread.join()
     r.until(r.is_idle)
     assert r.stats.images == r.stats.poses + sum(r.stats.dropped.values())
+    assert not r.stats.dropped["failed"]
+
+
+def test_images_that_wait_while_a_map_is_loaded_are_used_in_it(rig, tmp_path):
+    r = rig(map_file=str(tmp_path / "map"))
+    r.send(WINDOW)
+    assert r.call("/spark3r/save_map").success
+    r.fake.gate.clear()
+    r.send(4, wait=False)
+    r.until(lambda: r.node._worker.waiting == 3)
+    client = r.peer.create_client(Trigger, "/spark3r/load_map")
+    r.until(client.service_is_ready)
+    pending = client.call_async(Trigger.Request())
+    r.until(lambda: r.node._worker._commands)
+    r.fake.gate.set()
+    r.until(pending.done)
+    r.until(r.is_idle)
+    assert r.stats.poses == WINDOW + 4
+    assert not r.stats.dropped.total()
 
 
 def _frame(stamp_ns):

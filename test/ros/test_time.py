@@ -90,6 +90,24 @@ def test_stamps_that_jump_back_reset_and_forward_do_not(rig):
     assert odometry[3].twist.covariance[0] == 1e6, "no velocity across a gap"
 
 
+def test_the_image_that_shows_a_jump_is_used_after_the_reset(rig):
+    r = rig()
+    tf = r.listen(TFMessage, "/tf")
+    r.send(2)
+    r.fake.gate.clear()
+    r.send(1, wait=False)
+    r.until(lambda: r.stats.images == 3)  # in work
+    r.send(1, start_ns=now_ns() - 3600 * SECOND, wait=False)
+    r.until(lambda: r.stats.restarts == 1)
+    r.spin(0.2)
+    dates = [stamps.to_ns(t.header.stamp) for m in tf for t in m.transforms if t.child_frame_id == "odom"]
+    assert min(dates) > now_ns() - 1800 * SECOND, "the old map -> odom is not sent at the new time"
+    r.fake.gate.set()
+    r.until(r.is_idle)
+    assert (r.stats.poses, r.fake.resets) == (4, 1)
+    assert not r.stats.dropped.total()
+
+
 def test_a_jump_back_forgets_moving_transforms_but_not_the_mount(rig):
     r = rig(base_frame="base_link")
     mount = np.eye(4)

@@ -101,6 +101,8 @@ def test_clouds_are_built_only_for_listeners(rig, topic):
     r = rig()
     writes = []
     writer = {"points": r.node._outputs._cloud, "map": r.node._outputs._map_cloud}[topic]
+    publisher = r.node._outputs._publishers[f"~/{topic}"]
+    r.until(lambda: not publisher.get_subscription_count())  # one of the test before may still be known
     write = writer.write
     writer.write = lambda *a: writes.append(1) or write(*a)
     r.send(WINDOW)
