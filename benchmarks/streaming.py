@@ -1,8 +1,9 @@
 """The streaming engine on real and rendered sequences: ablations, loops, endurance, tracking cost, saved maps.
 
     python -m benchmarks.streaming ablation --sequences ../shared/data/tum_fr3_office ../shared/data/tum_fr1_plant19
-    python -m benchmarks.streaming circuit --frames 2400
-    python -m benchmarks.streaming endurance --frames 10000
+    python -m benchmarks.streaming ablation --circuit 2000 --variants default "no context"
+    python -m benchmarks.streaming circuit --frames 2400 --seeds 5 7 11
+    python -m benchmarks.streaming endurance --frames 10300
     python -m benchmarks.streaming tracking
     python -m benchmarks.streaming relocalise
 
@@ -171,6 +172,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "context 4 frames": {"context.frames": 4},
     "context 12 frames": {"context.frames": 12},
     "context 80 frames": {"context.frames": 80},
+    "context of 2 MiB": {"context.budget_mb": 2.0},
+    "no scale prior, no context": {"alignment.scale_prior": False, "context.enabled": False},
     "no token reduction": {"reduction.enabled": False},
     "align dense": {"alignment.mode": "dense"},
     "align rigid": {"alignment.mode": "rigid"},
@@ -210,79 +213,109 @@ def ablation(options: argparse.Namespace, config: Config, backbone: Backbone) ->
 
 
 def circuit_loops(options: argparse.Namespace, config: Config, backbone: Backbone) -> dict[str, Any]:
-    """A long closed circuit without and with loop closure."""
-    sequence = circuit(options.frames, options.rounds, (options.width, options.width * 3 // 4), options.seed)
-    rows = {}
-    for name, enabled in (("loops off", False), ("loops on", True)):
-        figures = summary(run(sequence, with_values(config, {"loops.enabled": enabled}), backbone), sequence)
-        rows[name] = figures
-        _row(name, figures)
-    rows["ate before / after"] = rows["loops off"]["ate_m"] / rows["loops on"]["ate_m"]
-    print(f"ATE before / after loop closure: {rows['ate before / after']:.2f}")
+    """A long closed circuit without and with loop closure, in several halls."""
+    rows: dict[str, Any] = {}
+    gains = []
+    for seed in options.seeds:
+        sequence = circuit(options.frames, options.rounds, (options.width, options.width * 3 // 4), seed)
+        for name, enabled in (("loops off", False), ("loops on", True)):
+            figures = summary(run(sequence, with_values(config, {"loops.enabled": enabled}), backbone), sequence)
+            rows[f"hall {seed}, {name}"] = figures
+            _row(f"hall {seed}, {name}", figures)
+        gains.append(rows[f"hall {seed}, loops off"]["ate_m"] / rows[f"hall {seed}, loops on"]["ate_m"])
+        print(f"hall {seed}: ATE before / after loop closure: {gains[-1]:.2f}", flush=True)
+    rows["ate before / after"] = gains
     return rows
 
 
 def endurance(options: argparse.Namespace, config: Config, backbone: Backbone) -> dict[str, Any]:
-    """Time, memory and context at the start and at the end of a long stream round the same circuit."""
-    lap = max(100, options.frames // 10)
+    """Time, memory and context early and late in a long stream round the same circuit, where the images are the same.
+
+    The lap is 9900 frames over a whole number, so that frame 10,000 shows what frame 100 did.
+    """
+    late_start = options.frames - options.span
+    lap = next(n for n in range(900, late_start) if (late_start - 100) % n == 0)
     sequence = circuit(lap, 1.0, (options.width, options.width * 3 // 4), options.seed)
-    list(sequence.frames())  # rendered before anything is measured
+    images = list(sequence.frames())  # rendered before anything is measured
     reconstructor = Reconstructor(config, backbone)
-    seconds, memory, context, posed = [], [], [], 0
-    for i, frame in zip(range(options.frames), itertools.cycle(sequence.frames()), strict=False):
-        frame = replace(frame, stamp_ns=round(i * 1e8))
+    seconds, memory, context = np.zeros(options.frames), np.zeros(options.frames), np.zeros(options.frames, int)
+    posed = 0
+    for i in range(options.frames):
+        frame = replace(images[i % lap], stamp_ns=round(i * 1e8))
         started = time.process_time()
         update = reconstructor.push(frame)
-        seconds.append(time.process_time() - started)
+        seconds[i] = time.process_time() - started
         posed += len(update.poses)
-        memory.append(_resident())
-        context.append(reconstructor.status()["context_bytes"])
+        memory[i] = _resident()
+        context[i] = reconstructor.status()["context_bytes"]
         if i % 1000 == 999:
             print(
-                f"frame {i + 1}: {1e3 * np.mean(seconds[-200:]):.1f} ms CPU, {memory[-1] / 2**20:.0f} MiB", flush=True
-            )
+                f"frame {i + 1}: {1e3 * seconds[i - 199 : i + 1].mean():.1f} ms CPU, {memory[i] / 2**20:.0f} MiB, "
+                f"{reconstructor.status()['keyframes']} keyframes", flush=True,
+            )  # fmt: skip
     posed += len(reconstructor.finish().poses)
-    n = min(300, options.frames // 3)
-    early, late = slice(100, 100 + n), slice(-n, None)
+    early, late = slice(100, 100 + options.span), slice(late_start, None)
     status = reconstructor.status()
     return {
         "frames": options.frames,
+        "lap": lap,
         "posed": posed / options.frames,
-        "early_ms": 1e3 * float(np.mean(seconds[early])),
-        "late_ms": 1e3 * float(np.mean(seconds[late])),
-        "time_ratio": float(np.mean(seconds[late]) / np.mean(seconds[early])),
-        "early_mib": float(np.mean(memory[early])) / 2**20,
-        "late_mib": float(np.mean(memory[late])) / 2**20,
-        "memory_ratio": float(np.mean(memory[late]) / np.mean(memory[early])),
-        "context_bytes_early": context[200],
-        "context_bytes_late": context[-1],
+        "early_ms": 1e3 * float(seconds[early].mean()),
+        "late_ms": 1e3 * float(seconds[late].mean()),
+        "time_ratio": float(seconds[late].mean() / seconds[early].mean()),
+        "early_mib": float(memory[early].mean()) / 2**20,
+        "late_mib": float(memory[late].mean()) / 2**20,
+        "memory_ratio": float(memory[late].mean() / memory[early].mean()),
+        "context_bytes_early": int(context[100 + options.span]),
+        "context_bytes_late": int(context[-1]),
+        "context_bytes_max": int(context.max()),
         "context_budget": status["context_budget"],
         "keyframes": status["keyframes"],
+        "loops": status["loops"],
         "points": status["points"],
     }
 
 
-def tracking(options: argparse.Namespace, config: Config, backbone: Backbone) -> dict[str, Any]:
-    """What the pose of one frame costs, over what a window solve costs: network query, and sparse map."""
-    rows = {}
-    sequence = circuit(240, 0.15, (640, 480), options.seed)
-    list(sequence.frames())
-    for name, mode in (("network query", "off"), ("sparse map", "on")):
-        result = run(sequence, with_values(config, {"refine.mode": mode}), backbone)
-        r = result.reconstructor
-        frames = [r._see(replace(f, stamp_ns=f.stamp_ns + 10**12)) for f in itertools.islice(sequence.frames(), 1, 9)]
-        times = []
-        for seen in frames:
+class Timed(Reconstructor):
+    """Notes the processor time of each tracked frame, of each window solve and of the network in both."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.times: dict[str, list[float]] = {"frame": [], "window": [], "query": [], "solve": []}
+
+    def _open_camera(self, frame: Frame) -> None:
+        super()._open_camera(frame)
+        self._solver.query = self._timed("query", self._solver.query)  # type: ignore[method-assign]
+        self._solver.solve = self._timed("solve", self._solver.solve)  # type: ignore[method-assign]
+        self._track = self._timed("frame", self._track)  # type: ignore[method-assign]
+        self._solve_window = self._timed("window", self._solve_window)  # type: ignore[method-assign]
+
+    def _timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
             started = time.process_time()
-            r._track(seen)
-            times.append(time.process_time() - started)
-        windows = [w.seconds for w in result.windows[1:-1]]
+            result = call(*arguments)
+            self.times[name].append(time.process_time() - started)
+            return result
+
+        return timed
+
+
+def tracking(options: argparse.Namespace, config: Config, backbone: Backbone) -> dict[str, Any]:
+    """What the pose of one frame costs, over what a window solve costs: by network query, and by the sparse map."""
+    rows = {}
+    sequence = circuit(400, 0.2, (options.width, options.width * 3 // 4), options.seed)
+    for name, mode in (("network query", "off"), ("sparse map", "on")):
+        reconstructor = Timed(with_values(config, {"refine.mode": mode}), backbone)
+        for frame in sequence.frames():
+            reconstructor.push(frame)
+        times = reconstructor.times
+        ms = {key: 1e3 * float(np.median(values[2:])) for key, values in times.items()}
         rows[name] = {
-            "frame_ms": 1e3 * float(np.median(times)),
-            "window_ms": 1e3 * float(np.median(windows)),
-            "share": float(np.median(times) / np.median(windows)),
+            **{f"{key}_ms": value for key, value in ms.items()},
+            "frame over window": ms["frame"] / ms["window"],
+            "network query over network solve": ms["query"] / ms["solve"],
         }
-        print(f"{name:14} {rows[name]}")
+        print(f"{name:14} " + ", ".join(f"{key} {value:.3f}" for key, value in rows[name].items()), flush=True)
     return rows
 
 
@@ -352,7 +385,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--frames", type=int, default=2400)
     parser.add_argument("--rounds", type=float, default=1.1, help="of the circuit: more than one, or nothing closes")
     parser.add_argument("--width", type=int, default=320)
-    parser.add_argument("--seed", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=5, help="of scene and path")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[5, 7, 11], help="circuit: of the halls")
+    parser.add_argument("--span", type=int, default=300, help="endurance: frames that are averaged")
     parser.add_argument("--model", default="nano")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--set", nargs="*", default=[], metavar="GROUP.FIELD=VALUE")
