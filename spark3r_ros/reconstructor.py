@@ -425,7 +425,7 @@ class Reconstructor:
         """Adjust the window's poses to its feature tracks, and the new depths to the landmarks."""
         assert self._preprocess is not None
         T_network = np.stack([k.T_world_camera for k in keyframes])
-        priors = {k.id: DepthPrior(k.dense.depth, k.dense.K) for k in keyframes if k.dense is not None}
+        priors = {k.id: _prior(k.dense) for k in keyframes if k.dense is not None}
         refined = refiner.solve([k.id for k in keyframes], T_network, priors)
         if refined is None:
             return
@@ -727,6 +727,11 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def _prior(dense: DepthMap) -> DepthPrior:
+    """The network's depth, where it has any confidence."""
+    return DepthPrior(np.where(dense.confidence > 0, dense.depth, np.nan), dense.K)
 
 
 def _inlier_confidence(num_inliers: int) -> float:

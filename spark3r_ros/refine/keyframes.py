@@ -11,8 +11,10 @@ from spark3r_ros.geometry import inverse
 from spark3r_ros.refine.bundle import Problem, Solution
 from spark3r_ros.refine.landmarks import LandmarkTable, first_inverse_depth
 
-FLAT_PRIOR_SIGMA = 1.0  # of an inverse depth about which nothing is known but that of its neighbours in the image
-NETWORK_PRIOR_SIGMA = 0.3  # of an inverse depth from a network
+FLAT_PRIOR_SIGMA = 3.0  # of an inverse depth about which nothing is known but that of its neighbours in the image
+NETWORK_PRIOR_SIGMA = (
+    1.0  # of an inverse depth from a network: its errors are shared by whole surfaces, not averaged away
+)
 
 
 @dataclass(eq=False)

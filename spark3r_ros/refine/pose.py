@@ -48,10 +48,13 @@ def sample_consensus(landmarks: Landmarks, K: np.ndarray, sigma_px: float) -> np
     """T_world_camera [4, 4] from minimal samples; None when nothing agrees. OpenCV draws from a fixed seed."""
     if len(landmarks.uv) < 6:
         return None
-    found, rotation, translation, inliers = cv2.solvePnPRansac(
-        landmarks.xyz, landmarks.uv, K, None, iterationsCount=200, reprojectionError=4.0 * sigma_px, confidence=0.999,
-        flags=cv2.SOLVEPNP_SQPNP,
-    )  # fmt: skip
+    try:
+        found, rotation, translation, inliers = cv2.solvePnPRansac(
+            landmarks.xyz, landmarks.uv, K, None, iterationsCount=200, reprojectionError=4.0 * sigma_px,
+            confidence=0.999, flags=cv2.SOLVEPNP_SQPNP,
+        )  # fmt: skip
+    except cv2.error:  # OpenCV 5 asserts when a sample is degenerate
+        return None
     if not found or inliers is None or not np.isfinite(translation).all():
         return None
     return inverse(make_T(so3_exp(rotation.ravel()), translation.ravel()))

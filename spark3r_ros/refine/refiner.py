@@ -31,7 +31,7 @@ from spark3r_ros.tracks import Tracks
 
 logger = logging.getLogger(__name__)
 
-SIGMA_PX = 1.0  # of a track's position
+SIGMA_PX = 0.3  # of a track's position; larger ones let the depth priors win: turns come out too small, steps too long
 _GATE_PX = 3.0
 _DEFAULT_FOCAL = 0.85  # times the image width, when nothing is known
 _DEFAULT_FOCAL_SIGMA = 0.3  # of its logarithm
@@ -219,10 +219,9 @@ class Refiner:
             keyframe.T_world_camera = T
         self._adjust(window[1:], window[:1], iterations=15, max_points=0, calibrate=True)
         scale, known = self._scale_to(window, depths)
-        if not known and T_network is not None:
-            ours = np.stack([k.T_world_camera[:3, 3] for k in window if k.T_world_camera is not None])
-            length = np.linalg.norm(np.diff(ours, axis=0), axis=1).sum()
-            scale = np.linalg.norm(np.diff(T_network[:, :3, 3], axis=0), axis=1).sum() / max(length, 1e-9)
+        if not known and T_network is not None and (length := _path_length(T_network)) > 0:
+            ours = np.stack([k.T_world_camera for k in window if k.T_world_camera is not None])
+            scale = length / max(_path_length(ours), 1e-9)
         first = window[0].T_world_camera
         assert first is not None
         target = np.eye(4) if T_network is None else T_network[0]
@@ -451,6 +450,10 @@ class Refiner:
         return RefinedWindow(
             ids, np.stack(poses), self.K, scale, solution.xyz, residual, parallax, min(confidence, 0.999), start
         )
+
+
+def _path_length(T_world_camera: np.ndarray) -> float:
+    return float(np.linalg.norm(np.diff(T_world_camera[:, :3, 3], axis=0), axis=1).sum())
 
 
 def _restarted(problem: Problem, solution: Solution) -> Problem:
