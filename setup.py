@@ -25,7 +25,7 @@ setup(
     maintainer_email="spark3r_ros@example.com",
     python_requires=">=3.10",
     packages=find_packages(include=[NAME, f"{NAME}.*"]),
-    package_data={NAME: ["py.typed", "weights/*"]},
+    package_data={NAME: ["py.typed", "weights/*", "reduction/factors/*.json"]},
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{NAME}"]),
         (SHARE, ["package.xml"]),

@@ -35,6 +35,7 @@ from spark3r_ros.frame import Prediction
 from spark3r_ros.geometry import inverse, matrix_from_quat_xyzw, rotation_angle, transform, umeyama
 from spark3r_ros.reduction.probe import ProbeSequence, change, run_probe, sequence_from_frames
 from spark3r_ros.reduction.probe import plot as plot_probe
+from spark3r_ros.reduction.schedule import UNREDUCED_FRAMES
 from spark3r_ros.sources import open_source
 from training.evaluate import load_model
 from training.paths import camera_path
@@ -138,18 +139,21 @@ def grid_configs() -> Configs:
 
 
 def option_configs(num_frames: int) -> Configs:
-    """The schedule and each named option around it, at factors that bite at this length."""
-    base = ReductionConfig() if num_frames > 100 else ReductionConfig(query_factor=2, kv_factor=3)
+    """The schedule, and each named option around it; where the schedule leaves most whole, around factors that bite."""
+    named: Configs = {"dense": None, "schedule": ReductionConfig()}
+    base = ReductionConfig()
+    if num_frames <= UNREDUCED_FRAMES:
+        base = named["q2 kv3"] = ReductionConfig(query_factor=2, kv_factor=3)
     change_one: dict[str, dict[str, object]] = {
-        "schedule" if num_frames > 100 else "q2 kv3": {},
         "matching on q": {"matching": "q"},
         "matching on k": {"matching": "k"},
         "one matching for all layers": {"matching_interval": 1024},
         "coverage": {"kv_selection": "coverage"},
         "special keys kept": {"keep_special_kv": True},
         "all layers sensitive": {"insensitive_multiplier": 1},
+        "no layer sensitive": {"sensitive_layers": "none"},
     }
-    return {"dense": None} | {name: dataclasses.replace(base, **kw) for name, kw in change_one.items()}  # type: ignore[arg-type]
+    return named | {name: dataclasses.replace(base, **kw) for name, kw in change_one.items()}  # type: ignore[arg-type]
 
 
 def run(
@@ -204,7 +208,6 @@ def probe(backbone: Backbone, arguments: argparse.Namespace) -> None:
     result = run_probe(
         backbone, sequences, progress=lambda d, n: print(f"pass {d} of {n}", file=sys.stderr, flush=True)
     )
-    arguments.probe.parent.mkdir(parents=True, exist_ok=True)
     result.save(arguments.probe)
     plot_probe(result, arguments.out / "probe.png")
     print(json.dumps({"ratios": result.ratios, "sensitive_layers": result.sensitive_layers}))

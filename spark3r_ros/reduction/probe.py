@@ -231,7 +231,7 @@ def plot(result: ProbeResult, path: Path) -> None:
     for offset, (name, ratios) in zip((-0.2, 0.2), series.items()):
         axis.bar([i + offset for i in layers], ratios, width=0.38, label=name)
     for layer in result.sensitive_layers:
-        axis.axvspan(layer - 0.5, layer + 0.5, color="tab:red", alpha=0.12, lw=0)
+        axis.axvspan(layer - 0.5, layer + 0.5, color="tab:red", alpha=0.12, lw=0, zorder=0)
     axis.axhline(result.threshold, color="tab:red", lw=1, label=f"threshold {result.threshold:g}")
     axis.set(xlabel="global layer", ylabel="error growth", title=f"{result.model}: layers in red are sensitive")
     axis.set_xticks(list(layers))

@@ -119,6 +119,7 @@ def format_layers(layers: Iterable[int]) -> str:
 
 def save_factor_file(path: Path, factors: FactorFile, extra: dict[str, Any] | None = None) -> None:
     """Write the JSON that :func:`load_factor_file` reads; ``extra`` keeps the measurements beside the result."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**asdict(factors), **(extra or {})}, indent=1) + "\n")
 
 

@@ -53,7 +53,7 @@ def test_executables(prefix):
 
 def test_package_data(prefix):
     [package] = prefix.glob("lib/python*/site-packages/spark3r_ros")
-    for name in ("py.typed", "weights/nano.safetensors"):
+    for name in ("py.typed", "weights/nano.safetensors", "reduction/factors/nano.json"):
         assert (package / name).is_file(), name
 
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from spark3r_ros.backbone.registry import MODELS
 from spark3r_ros.config import ReductionConfig
 from spark3r_ros.frame import Frame, Gauge, Prediction
 from spark3r_ros.geometry import apply_similarity_to_pose, se3_exp, similarity
 from spark3r_ros.preprocess import Resize
-from spark3r_ros.reduction import ForwardReduction, TokenLayout, sensitive_layers
+from spark3r_ros.reduction import ForwardReduction, TokenLayout, schedule, sensitive_layers
 from spark3r_ros.reduction.probe import ProbeResult, ProbeSequence, change, plot, run_probe, sequence_from_frames
 
 NUM_FRAMES, HEIGHT, WIDTH, LAYERS = 40, 16, 24, 4
@@ -120,3 +121,30 @@ def test_sequences_are_resized_and_thinned() -> None:
     assert sequence.intrinsics is None
     with pytest.raises(ValueError, match="calibration sequence empty has no frames"):
         sequence_from_frames(FakeBackbone(), [], "empty")  # type: ignore[arg-type]
+
+
+PUBLISHED = {
+    "vggt": {*range(11, 17)},
+    "pi3": {*range(11, 17)},
+    "pi3x": {*range(11, 17)},
+    "da3-giant": {*range(3, 13)},
+    "omega": {10, 11, 12, 13, 15, 16, 17, 21},
+}
+
+
+def test_every_model_knows_its_sensitive_layers() -> None:
+    """nano by the probe's shipped result, the paper's models by the paper, the others treat every layer as sensitive.
+
+    Omega's layers are counted over its inter-frame blocks: register blocks are not reduced.
+    """
+    for name, model in MODELS.items():
+        spec, trunk = model.spec, model.spec.trunk
+        found = sensitive_layers(ReductionConfig(), spec.name, trunk.num_global, spec.sensitive)
+        if name == "nano":
+            shipped = ProbeResult.load(Path(schedule.__file__).with_name("factors") / "nano.json")
+            assert found == set(shipped.sensitive_layers)
+            assert (shipped.model, len(shipped.layers)) == ("nano", trunk.num_global)
+            assert (shipped.base_factor, shipped.raised_factor, shipped.threshold) == (32, 256, 1.05)
+            assert min(shipped.num_frames) >= 100
+        else:
+            assert found == PUBLISHED.get(spec.name, set(range(trunk.num_global))), name

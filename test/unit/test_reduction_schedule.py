@@ -56,7 +56,7 @@ def test_published_set_or_all_layers() -> None:
 
 
 def test_factor_file_round_trip_and_precedence(tmp_path: Path) -> None:
-    path = tmp_path / "factors.json"
+    path = tmp_path / "made" / "factors.json"  # the folder, too: nobody loses an hour's probe to a missing one
     save_factor_file(path, FactorFile("vggt", 24, (3, 5)), {"errors": [1.0]})
     assert load_factor_file(path) == FactorFile("vggt", 24, (3, 5))
     assert json.loads(path.read_text())["errors"] == [1.0]
