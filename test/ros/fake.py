@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from spark3r_ros.preprocess import FrameError
 
 SPEED = 0.5  # metres per second along the optical axis
 WINDOW = 8
+_NO_IMAGE = np.empty((0, 0, 3), np.uint8)
 
 
 class FakeReconstructor:
@@ -42,7 +45,7 @@ class FakeReconstructor:
         self.state = TrackingState.TRACKING
         self.T_map_odom = np.eye(4)
         self.error: Exception | None = None
-        self.frames: list[Frame] = []  # the newest ones, without their images
+        self.frames: deque[Frame] = deque(maxlen=200)  # the newest ones; only the last one has its image
         self.resets = 0
         self.loaded: Path | None = None
         self.reset()
@@ -65,7 +68,9 @@ class FakeReconstructor:
         self._size = self._size or frame.image.shape
         if frame.image.shape != self._size:
             raise FrameError(f"image size changed to {frame.image.shape}")
-        self.frames = [*self.frames[-200:], frame]
+        if self.frames:
+            self.frames[-1] = dataclasses.replace(self.frames[-1], image=_NO_IMAGE)
+        self.frames.append(frame)
         self._first_ns = frame.stamp_ns if self._first_ns is None else self._first_ns
         T = np.eye(4)
         T[2, 3] = SPEED * 1e-9 * (frame.stamp_ns - self._first_ns)
