@@ -14,6 +14,7 @@ help:
 	@sed -n 's/^# //p' Makefile
 
 setup:
+	@command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) is missing: install Python 3.11, or name one: make PYTHON=... $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PYTHON) scripts/bootstrap.py
 
 demo: setup

@@ -1,16 +1,19 @@
 #!/usr/bin/env python3
 """The main job from end to end: a rendered camera stream through real DDS into the real node, measured.
 
-usage: make demo                      (or: .venv/bin/python -m scripts.demo [BAG --truth FILE] [--out DIR])
+usage: make demo                      (or: .venv/bin/python -m scripts.demo [RECORDING] [--offline] [--out DIR])
 
-Without arguments it renders a camera moving through a textured room (once, kept in out/demo), with exact poses. The
-node is a process of its own; this process plays the bag, listens to what the node publishes, and compares.
+Without arguments it renders a camera moving through a textured room (once, kept in out/demo), with exact poses. A
+recording of your own is a bag, or anything else that `spark3r map` takes, which is made a bag first. The node is a
+process of its own; this process plays the bag, listens to what the node publishes, and compares. ``--offline`` sends
+the same recording through `spark3r map` afterwards.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -18,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from spark3r_ros import bags, export, geometry, sources
+from spark3r_ros.config import Config, parameters
 from spark3r_ros.frame import CameraModel, Frame, PointBatch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,14 +38,14 @@ PROFILE = ROOT / "config" / "fastdds_shm.xml"
 NODE, IMAGES = "/spark3r", "/camera/image_raw"
 NUM_FRAMES, RATE_HZ, WIDTH, HEIGHT = 240, 20, 640, 480
 FIRST_STAMP_NS = 1_700_000_000_123_456_789
-SILENCE_S = 90.0  # without any new pose: the node is stuck
+SILENCE_S = 90.0  # without any news: the node is stuck
 
 
 class DemoError(RuntimeError):
     """Why the demo cannot go on; one line."""
 
 
-# ---- the sample ------------------------------------------------------------------------------------------------------
+# ---- the recording ---------------------------------------------------------------------------------------------------
 
 
 def rendered(num_frames: int = NUM_FRAMES) -> Iterator[tuple[Frame, np.ndarray]]:
@@ -62,18 +66,39 @@ def sample(folder: Path) -> tuple[Path, Path]:
     if bag.exists() and truth.exists():
         return bag, truth
     poses = []
-    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
 
-        def frames() -> Iterator[Frame]:
-            for frame, T_world_camera in tqdm(rendered(), total=NUM_FRAMES, unit="frame", desc="rendering the sample"):
-                poses.append((frame.stamp_ns, T_world_camera))
-                yield frame
+    def frames() -> Iterator[Frame]:
+        for frame, T_world_camera in tqdm(rendered(), total=NUM_FRAMES, unit="frame", desc="rendering the sample"):
+            poses.append((frame.stamp_ns, T_world_camera))
+            yield frame
 
-        bags.write_bag(frames(), Path(unfinished) / "room")
-        shutil.rmtree(bag, ignore_errors=True)
-        (Path(unfinished) / "room").rename(bag)
+    write_whole_bag(frames(), bag)
     export.write_tum(truth, poses)
     return bag, truth
+
+
+def write_whole_bag(frames: Iterable[Frame], bag: Path) -> None:
+    """Replace ``bag`` by one of these frames; what an interrupted run leaves is never taken for a bag."""
+    with tempfile.TemporaryDirectory(dir=bag.parent) as unfinished:
+        bags.write_bag(frames, Path(unfinished) / bag.name)
+        shutil.rmtree(bag, ignore_errors=True)
+        (Path(unfinished) / bag.name).rename(bag)
+
+
+def as_bag(recording: Path, folder: Path) -> Path:
+    """The recording itself when it is a bag, else a bag of its frames, made in ``folder``."""
+    source = sources.open_source(recording)
+    if isinstance(source, sources.BagSource):
+        return recording
+    bag = folder / f"{recording.resolve().stem}_bag"
+    write_whole_bag(tqdm(source, unit="frame", desc="making a bag"), bag)
+    return bag
+
+
+def known_truth(recording: Path) -> Path | None:
+    """The true poses that lie in a recording's folder, if any."""
+    truth = recording / "poses.txt"
+    return truth if truth.is_file() else None
 
 
 # ---- the node and its listener ---------------------------------------------------------------------------------------
@@ -89,7 +114,9 @@ class Received:
     points: int = 0
     clouds: int = 0
     problems: list[str] = field(default_factory=list)
-    last_news: float = field(default_factory=time.monotonic)
+    unused: dict[str, int] = field(default_factory=dict)  # images that brought no pose, by the node's own counters
+    looked_at: int = 0  # images that the node has taken and does not keep waiting
+    last_pose: float = field(default_factory=time.monotonic)
 
 
 class Listener:
@@ -123,7 +150,7 @@ class Listener:
         from spark3r_ros.ros import conversions, stamps
 
         self.got.odometry.append((stamps.to_ns(msg.header.stamp), conversions.matrix_from_pose(msg.pose.pose)))
-        self.got.last_news = time.monotonic()
+        self.got.last_pose = time.monotonic()
 
     def _on_path(self, msg: Any) -> None:
         from spark3r_ros.ros import conversions, stamps
@@ -143,8 +170,11 @@ class Listener:
         self.got.map = PointBatch(0, xyz, rgb, cloud["confidence"])
 
     def _on_diagnostics(self, msg: Any) -> None:
-        worst = [status.message for status in msg.status if status.level not in (b"\x00", b"\x01")]
-        self.got.problems = worst
+        self.got.problems = [status.message for status in msg.status if status.level not in (b"\x00", b"\x01")]
+        counters = {pair.key: pair.value for status in msg.status for pair in status.values}
+        names = (name for name in counters if name.startswith("dropped_") or name == "lost_by_middleware")
+        self.got.unused = {name: int(counters[name]) for name in names if counters[name] != "0"}
+        self.got.looked_at = int(counters["images"]) - int(counters["waiting"])
 
 
 @contextlib.contextmanager
@@ -218,14 +248,14 @@ def stream(bag: Path, rate: float, log: Path, settings: list[str]) -> tuple[int,
     try:
         with running_node(log, settings) as process:
             sent, start = play_into(node, bag, rate, process, progress, log)
-            while len(listener.got.odometry) < sent and time.monotonic() - listener.got.last_news < SILENCE_S:
+            until = time.monotonic() + SILENCE_S
+            while listener.got.looked_at < sent and time.monotonic() < max(until, listener.got.last_pose + SILENCE_S):
                 progress.show("the node catches up", sent)
                 check_alive(process, log)
                 time.sleep(0.1)
-            seconds = time.monotonic() - start
             deactivate(node)
             time.sleep(1.0)  # what the last window caused is on its way
-        return sent, listener.got, seconds
+        return sent, listener.got, listener.got.last_pose - start
     finally:
         progress.close()
         listener.close()
@@ -289,42 +319,65 @@ def compare(trajectory: export.Trajectory, truth: export.Trajectory) -> Accuracy
     return Accuracy(float(error.get_statistic(metrics.StatisticsType.rmse)), float(reference.path_length), moved)
 
 
-def largest_stamp_difference(bag: Path, odometry: export.Trajectory) -> int:
+def largest_stamp_difference(recording: Path, odometry: export.Trajectory) -> int:
     """Nanoseconds between each pose's stamp and the nearest image's."""
-    images = np.array([frame.stamp_ns for frame in sources.open_source(bag)])
+    images = np.array([frame.stamp_ns for frame in sources.open_source(recording)])
     return max((int(np.abs(images - stamp_ns).min()) for stamp_ns, _ in odometry), default=0)
 
 
-def report(out: Path, bag: Path, sent: int, got: Received, seconds: float, truth_file: Path | None) -> None:
+def accuracy_line(trajectory: export.Trajectory, truth: export.Trajectory) -> str:
+    found = compare(trajectory, truth)
+    return f"{found.ate:.4f} m after Sim(3), {100 * found.ate / found.length:.2f}% of {found.length:.2f} m"
+
+
+def report(out: Path, recording: Path, sent: int, got: Received, seconds: float, truth_file: Path | None) -> None:
     """Write trajectory, map and picture, and say how it went."""
     cloud = got.map or PointBatch(0, np.zeros((0, 3), np.float32), np.zeros((0, 3), np.uint8), np.zeros(0, np.float32))
     lines = [
         f"frames in            {sent}",
         f"poses out            {len(got.odometry)}",
-        f"stamp difference     {largest_stamp_difference(bag, got.odometry)} ns at most",
+        *(f"{name:20} {count} images" for name, count in got.unused.items()),
+        f"stamp difference     {largest_stamp_difference(recording, got.odometry)} ns at most",
         f"points published     {got.points} in {got.clouds} clouds; {len(cloud.xyz)} in the map",
         f"rates                {sent / seconds:.1f} frames/s in, {len(got.odometry) / seconds:.1f} poses/s out",
         f"path                 {export.path_length(got.odometry):.2f} model units",
     ]
     shown: export.Trajectory = ()
     if truth_file is not None and len(got.odometry) > 2:
-        accuracy = compare(got.odometry, truth := export.read_tum(truth_file))
-        shown = accuracy.truth
-        percent = 100 * accuracy.ate / accuracy.length
-        lines.append(
-            f"ATE of the poses     {accuracy.ate:.4f} m after Sim(3), {percent:.2f}% of {accuracy.length:.2f} m"
-        )
+        truth = export.read_tum(truth_file)
+        shown = compare(got.odometry, truth).truth
+        lines.append(f"ATE of the poses     {accuracy_line(got.odometry, truth)}")
         if len(got.path) > 2:
-            corrected = compare(got.path, truth)
-            lines.append(f"ATE of the path      {corrected.ate:.4f} m after Sim(3), {len(got.path)} keyframes")
+            lines.append(f"ATE of the path      {accuracy_line(got.path, truth)}, {len(got.path)} keyframes")
     trajectory, ply, picture = out / "trajectory.tum", out / "map.ply", out / "report.png"
     export.write_tum(trajectory, got.odometry)
     export.write_ply(ply, cloud)
-    title = f"{bag.name}: {len(got.odometry)} poses, {len(cloud.xyz)} points"
+    title = f"{recording.name}: {len(got.odometry)} poses, {len(cloud.xyz)} points"
     export.plot_map(picture, got.odometry, cloud, up="z", truth=shown, title=title)
     lines += [f"trajectory (TUM)     {trajectory}", f"map (PLY)            {ply}", f"picture              {picture}"]
     lines += [f"the node says        {problem}" for problem in got.problems]
     print("\n".join(lines))
+
+
+def offline(out: Path, recording: Path, settings: list[str], truth_file: Path | None) -> None:
+    """The same recording through `spark3r map`; says how that went."""
+    known = {parameter.name for parameter in parameters(Config())}
+    pairs = [setting.split(":=", 1) for setting in settings]
+    words = [word for name, value in pairs if name in known for word in ("--set", f"{name}={value}")]
+    command = [sys.executable, "-m", "spark3r_ros.cli", "map", str(recording), "--out", str(out), *words]
+    status = subprocess.run(command, stdout=subprocess.DEVNULL).returncode  # its errors and progress are seen
+    if status:
+        raise DemoError(f"spark3r map ended with status {status}")
+    found = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    lines = [
+        f"offline              {found['frames']} frames in, {found['poses']} poses out, {found['points']} points",
+        f"  rate               {found['frames_per_second']:.1f} frames/s",
+        f"  path               {found['path_length']:.2f} {found['unit']}",
+    ]
+    trajectory = export.read_tum(out / "trajectory.tum")
+    if truth_file is not None and len(trajectory) > 2:
+        lines.append(f"  ATE                {accuracy_line(trajectory, export.read_tum(truth_file))}")
+    print("\n".join([*lines, f"  files              {out}"]))
 
 
 def prepare_ros(out: Path) -> None:
@@ -337,8 +390,10 @@ def prepare_ros(out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("bag", nargs="?", type=Path, help="rosbag2 with /camera/image_raw (scripts/make_bag.py)")
-    parser.add_argument("--truth", type=Path, help="TUM file to compare with")
+    what = "rosbag2 with /camera/image_raw, folder of images or video; default: a rendered room"
+    parser.add_argument("recording", nargs="?", type=Path, help=what)
+    parser.add_argument("--truth", type=Path, help="TUM file to compare with; default: poses.txt in the recording")
+    parser.add_argument("--offline", action="store_true", help="then the same through `spark3r map`")
     parser.add_argument("--rate", type=float, default=1.0, help="2.0 is twice as fast as recorded")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo", help="where the results go")
     parser.add_argument("--set", action="append", default=[], metavar="NAME:=VALUE", help="a parameter of the node")
@@ -346,10 +401,17 @@ def main() -> None:
     prepare_ros(options.out)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        bag, truth = (options.bag, options.truth) if options.bag else sample(options.out)
+        if options.recording is None:
+            bag, truth = sample(options.out)
+            recording = bag
+        else:
+            recording, truth = options.recording, options.truth or known_truth(options.recording)
+            bag = as_bag(recording, options.out)
         sent, got, seconds = stream(bag, options.rate, options.out / "node.log", options.set)
-        report(options.out, bag, sent, got, seconds, truth)
-    except (DemoError, sources.SourceError) as error:
+        report(options.out, recording, sent, got, seconds, truth)
+        if options.offline:
+            offline(options.out / "offline", recording, options.set, truth)
+    except (DemoError, sources.SourceError, OSError) as error:
         sys.exit(f"demo: {error}")
     except KeyboardInterrupt:
         sys.exit("demo: interrupted")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the tables of docs/ros.md from the code; test/ros/test_docs.py checks that they are up to date.
+"""Write the tables of docs/ros.md from the code; test/ros/test_interface_docs.py checks that they are up to date.
 
 usage: .venv/bin/python scripts/interface_docs.py
 """

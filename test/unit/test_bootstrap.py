@@ -42,6 +42,13 @@ def test_other_pythons_are_refused(monkeypatch):
         bootstrap.check_machine()
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_a_python_that_is_not_there():
+    result = subprocess.run(["make", "PYTHON=python3.99", "demo"], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode
+    assert result.stderr.startswith("setup: python3.99 is missing: install Python 3.11")
+
+
 def test_other_machines_are_refused(monkeypatch):
     monkeypatch.setattr(bootstrap.platform, "machine", lambda: "riscv64")
     with pytest.raises(bootstrap.SetupError, match="x86_64 Linux only, this is riscv64"):

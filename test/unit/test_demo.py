@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -55,3 +56,25 @@ def test_the_sample_is_rendered_once(tmp_path, monkeypatch):
 
 def test_the_dds_profile_is_shipped():
     assert Path(demo.PROFILE).is_file()
+
+
+def test_any_recording_becomes_a_bag(tmp_path):
+    """A bag is played as it is; a folder is made one, and again when it has changed."""
+    images = RNG.integers(0, 255, (3, 48, 64, 3), dtype=np.uint8)
+    folder = tmp_path / "room"
+    folder.mkdir()
+    for i in range(2):
+        cv2.imwrite(str(folder / f"{i}.png"), images[i, :, :, ::-1])
+    bag = demo.as_bag(folder, tmp_path)
+    assert bag == tmp_path / "room_bag"
+    assert demo.as_bag(bag, tmp_path / "elsewhere") == bag
+    np.testing.assert_array_equal([frame.image for frame in open_source(bag)], images[:2])
+    cv2.imwrite(str(folder / "2.png"), images[2, :, :, ::-1])
+    assert len(open_source(demo.as_bag(folder, tmp_path))) == 3
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["room", "room_bag"]
+
+
+def test_the_truth_in_a_folder_is_used(tmp_path):
+    assert demo.known_truth(tmp_path) is None
+    (tmp_path / "poses.txt").touch()
+    assert demo.known_truth(tmp_path) == tmp_path / "poses.txt"
