@@ -28,6 +28,8 @@ from typing import Any
 
 import numpy as np
 
+from scripts import ros_domain
+
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH, HEIGHT, RATE_HZ = 640, 480, 30.0
 NUM_POINTS = 300_000
@@ -310,7 +312,8 @@ def main() -> None:
         ROLES[options.role](*([options.count] if options.role == "camera" else []))
         return
     os.nice(options.nice)
-    os.environ["ROS_DOMAIN_ID"] = str(1 + os.getpid() % 101)
+    domain, claim = ros_domain.claim()
+    os.environ["ROS_DOMAIN_ID"] = str(domain)
     os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
     os.environ["FASTDDS_DEFAULT_PROFILES_FILE"] = str(ROOT / "config" / "fastdds_shm.xml")
     os.environ["ROS_LOG_DIR"] = tempfile.mkdtemp(prefix="spark3r_benchmark_")
@@ -326,6 +329,7 @@ def main() -> None:
         report(frames | middleware | measure_cloud(node))
     node.destroy_node()
     rclpy.shutdown()
+    claim.close()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What all tests share: the place of shared data and a ROS environment that reaches nobody else."""
 
-import fcntl
 import itertools
 import os
 import shutil
@@ -9,52 +8,37 @@ from pathlib import Path
 
 import pytest
 
+from scripts import ros_domain
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("SPARK3R_SHARED", ROOT.parent / "shared"))
 
 
-def claim_domain():
-    """A ROS_DOMAIN_ID of 1-101 that no other test session on this machine uses; the returned file holds the claim.
-
-    Another one at every call: what nodes of an earlier test left in the discovery of theirs is not seen.
-    """
-    first = next(FIRST_DOMAIN) % 101
-    for domain in itertools.islice(itertools.cycle(range(1, 102)), first, first + 101):
-        claim = Path(tempfile.gettempdir(), f"spark3r_test_domain_{domain}").open("a")  # noqa: SIM115 - held for the session
-        try:
-            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            claim.close()
-        else:
-            return domain, claim
-    raise RuntimeError("all ROS domains from 1 to 101 are taken by other test sessions")
-
-
 def pytest_configure(config):
     """Before anything imports rclpy: a domain of our own, this machine only, logs that go away."""
-    domain, config.stash[CLAIM] = claim_domain()
+    domains, config.stash[CLAIMS] = zip(*(ros_domain.claim() for _ in range(4)))
     config.stash[LOGS] = tempfile.mkdtemp(prefix="spark3r_test_logs_")
-    os.environ["ROS_DOMAIN_ID"] = str(domain)
+    os.environ["ROS_DOMAIN_ID"] = str(domains[0])
+    config.stash[DOMAINS] = itertools.cycle(domains[1:])
     os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
     os.environ["ROS_LOG_DIR"] = config.stash[LOGS]
 
 
 def pytest_unconfigure(config):
     shutil.rmtree(config.stash[LOGS], ignore_errors=True)
-    config.stash[CLAIM].close()
+    for claim in config.stash[CLAIMS]:
+        claim.close()
 
 
 @pytest.fixture
-def domain(monkeypatch):
-    """A ROS domain for one test and the processes that it starts."""
-    domain, claim = claim_domain()
+def domain(monkeypatch, request):
+    """A ROS domain for one test and the processes that it starts: nothing of the test before is in its discovery."""
+    domain = next(request.config.stash[DOMAINS])
     monkeypatch.setenv("ROS_DOMAIN_ID", str(domain))
-    yield domain
-    claim.close()
+    return domain
 
 
-FIRST_DOMAIN = itertools.count(os.getpid())
-CLAIM = pytest.StashKey()
+CLAIMS, DOMAINS = pytest.StashKey(), pytest.StashKey()
 LOGS = pytest.StashKey[str]()
 
 
