@@ -14,7 +14,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import cv2
@@ -43,8 +44,8 @@ from spark3r_ros.places import Corners, PlaceStore, Sighting, describe, make_pla
 from spark3r_ros.point_map import KeyframePoints, PointMap, keyframe_points, trusted
 from spark3r_ros.preprocess import FrameError, NetworkImage, Preprocessor
 from spark3r_ros.recovery import Watch, find_again, sighted_pose, sparse_view
-from spark3r_ros.refine import DepthPrior, Refiner
-from spark3r_ros.scale import OdometrySource, ScaleFilter, from_depth, from_height, from_model
+from spark3r_ros.refine import DenseView, DepthPrior, Refiner, dense_depth
+from spark3r_ros.scale import Measurement, OdometrySource, ScaleFilter, from_depth, from_height, from_model
 from spark3r_ros.solver import Solution, Solver
 from spark3r_ros.tracking import LOST_SIGMA, Estimate, NetworkTracker
 from spark3r_ros.tracks import FeatureTracker, Tracks
@@ -53,6 +54,7 @@ from spark3r_ros.windows import DepthMap, Gate, Keyframe, Window, gate
 
 __all__ = ["FrameError", "MapFileError", "Reconstructor"]
 
+LAG_NS = 300_000_000  # how long the network may work beside the stream before a frame waits for it
 SIGHTED_SIGMA = 0.01  # rad and share of the scene's distance, of a pose from recognised corners
 PLACE_CONFIDENCE = 0.2  # of depths that places keep: outliers are found when places are matched
 
@@ -72,6 +74,22 @@ class Seen:
     corners: Corners | None  # of keyframes
 
 
+@dataclass(eq=False)
+class Job:
+    """A window on its way into the map: with the network, then joined, then finished keyframe by keyframe."""
+
+    keyframes: list[Keyframe]
+    new: list[Keyframe]  # those of them that were in no window before
+    before_last: list[Keyframe]  # for motion tokens of the newest
+    leaving: list[Keyframe]  # that no later window needs
+    due_ns: int  # stamp from which on it is joined
+    solution: Future[Solution]
+    link: Link | None = None
+    unfinished: list[Keyframe] = field(default_factory=list)
+    is_joined: bool = False
+    seconds: float = 0.0
+
+
 @dataclass(frozen=True, eq=False)
 class Solved:
     """What a window solve brought."""
@@ -79,6 +97,7 @@ class Solved:
     report: WindowReport
     keyframes: list[Keyframe]  # those that are new in the map
     camera: CameraModel  # of their depth images
+    depth: DepthMap  # of the last one
 
 
 class Reconstructor:
@@ -95,12 +114,15 @@ class Reconstructor:
         if backbone is None:
             backbone = load_backbone(config.model.name, config.model.checkpoint or None, self._device)
         self._backbone = backbone
+        self._beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="window")
         self.reset()
 
     def reset(self) -> None:
         """Forget the stream and the map."""
         self._preprocess: Preprocessor | None = None
         self._window = Window(self.config.window)
+        self._job: Job | None = None
+        self._solved: Solved | None = None  # what this frame's work has finished
         self._keyframes: dict[int, Keyframe] = {}
         self._points = PointMap(self.config.map)
         self._trajectory = Trajectory()
@@ -143,17 +165,19 @@ class Reconstructor:
         self._advance_odometry(estimate.T_world_camera)
         keyframe = self._add_keyframe(seen, estimate.T_world_camera) if seen.gate is Gate.KEYFRAME else None
         self._record(seen, estimate, keyframe)
-        solved = self._solve_window() if self._window_is_due else None
-        return self._update([self._pose_of(seen, estimate)], solved)
+        self._work(frame.stamp_ns)
+        return self._update([self._pose_of(seen, estimate)])
 
     def finish(self) -> Update:
         """The stream has ended: solve what is pending, so that every frame has had its pose."""
         if self._waiting:
             return self._start()
-        solved = self._solve_window() if self._window.new else None
+        before = self._complete()
+        if self._window.new:
+            self._solve_window()
         self._apply_loops()
         self._refresh_odom()
-        return self._update([], solved)
+        return self._update([], before)
 
     # -- looking at a frame --------------------------------------------------------------------------------------
 
@@ -260,11 +284,11 @@ class Reconstructor:
         self._waiting.append(seen)
         waited = 1e-9 * (seen.frame.stamp_ns - self._waiting[0].frame.stamp_ns)
         enough = self._window.can_start and waited >= self.config.window.first_seconds
-        return self._start() if self._window.is_full or enough or crowded else self._update([], None)
+        return self._start() if self._window.is_full or enough or crowded else self._update([])
 
     def _start(self) -> Update:
         """Solve the first window and give every waiting frame its pose."""
-        solved = self._solve_window()
+        self._solve_window()
         waiting, self._waiting = self._waiting, []
         by_frame = {k.frame_index: k for k in self._keyframes.values()}
         poses = []
@@ -276,7 +300,7 @@ class Reconstructor:
             self._advance_odometry(estimate.T_world_camera)
             self._record(seen, estimate, keyframe or self._keyframe_before(seen.index))
             poses.append(self._pose_of(seen, estimate))
-        return self._update(poses, solved)
+        return self._update(poses)
 
     def _keyframe_before(self, index: int) -> Keyframe:
         return max((k for k in self._keyframes.values() if k.frame_index <= index), key=lambda k: k.id)
@@ -288,6 +312,7 @@ class Reconstructor:
         guess = self._trajectory.world_pose(-1, self._keyframes) if len(self._trajectory) else None
         tracked = self._refiner.track(seen.tracks, guess) if self._refiner is not None else None
         if tracked is None:
+            self._complete()  # the network has one context
             return self._tracker.track(seen.network.rgb)
         confidence = _inlier_confidence(tracked.num_inliers) if tracked.is_reliable else 0.0
         return Estimate(tracked.T_world_camera, tracked.covariance, confidence)
@@ -306,6 +331,7 @@ class Reconstructor:
     def _lose(self) -> None:
         """Tracking has failed: forget what only tracking needs, begin a new segment."""
         logger.warning("tracking is lost after %d frames; looking for known places", self._num_frames)
+        self._complete()
         self._state = TrackingState.LOST
         self._recovering = False
         self._segment += 1
@@ -365,28 +391,93 @@ class Reconstructor:
         """A full window, or, when a lost camera has been found, as little as will do."""
         return self._window.is_full or (self._recovering and self._window.can_start)
 
-    def _solve_window(self) -> Solved:
-        """One pass of the network over the window, joined to the map."""
-        started = time.perf_counter()
+    def _work(self, stamp_ns: int) -> None:
+        """Bring windows into the map.
+
+        While the sparse map tracks, the network works beside the stream and no frame waits for more than one piece of
+        the rest. Which frame does which piece is decided by stamps and keyframes, so results do not depend on how fast
+        the machine is. Tracking by the network needs the network: then the whole window is solved at once.
+        """
+        if self._window_is_due:
+            self._complete()
+            self._begin_window(stamp_ns)
+            if self._refiner is None or self._recovering or self._state is TrackingState.LOST:
+                self._complete()
+        elif self._job is not None and stamp_ns >= self._job.due_ns:
+            self._advance(self._job)
+
+    def _solve_window(self) -> None:
+        """The whole way of a window into the map, at once."""
+        self._begin_window(0)
+        self._complete()
+
+    def _complete(self) -> Solved | None:
+        """Finish the window that is under way, if there is one."""
+        while self._job is not None:
+            self._advance(self._job)
+        return self._solved
+
+    def _begin_window(self, stamp_ns: int) -> None:
+        """Hand the window to the network."""
         self._apply_loops()
-        keyframes, overlap, new = self._window.keyframes, self._window.overlap, list(self._window.new)
-        solution = self._solver.solve(keyframes, self._window.previous_of(keyframes))
+        keyframes, new = self._window.keyframes, list(self._window.new)
+        previous, before_last = self._window.previous_of(keyframes), self._window.previous_of(keyframes[-1:])
+        solution = self._beside.submit(self._solver.solve, keyframes, previous)
+        self._job = Job(keyframes, new, before_last, self._window.slide(), stamp_ns + LAG_NS, solution)
+
+    def _advance(self, job: Job) -> None:
+        """One piece of a window's way into the map."""
+        started = time.perf_counter()
+        try:
+            solution = job.solution.result()
+        except BaseException:
+            self._job = None  # it will not get better
+            raise
+        if not job.is_joined:
+            self._join_window(job, solution)
+        elif job.unfinished:
+            self._finish_keyframe(job, job.unfinished.pop(0), solution)
+        job.seconds += time.perf_counter() - started
+        if job.is_joined and not job.unfinished:
+            self._job = None
+            self._finish_window(job, solution)
+
+    def _join_window(self, job: Job, solution: Solution) -> None:
+        """Poses and depths of the window, in the world; its keys into the context."""
         self._solver.learn_intrinsics(solution.K)
-        link = self._join(keyframes, solution)
-        if self._refiner is not None and len(keyframes) > 1:
-            self._refine(self._refiner, keyframes)
-        self._solver.commit(keyframes)
-        for keyframe in new:
-            self._points.set(keyframe.id, self._points_of(keyframe, keyframes))
-        self._measure_scale(new, link, solution.gauge)
-        self._remember(new, solution.descriptors[len(overlap) :], link)
-        for keyframe in self._window.slide():
-            keyframe.retire()
-        self._tracker.rebase(keyframes[-1], self._window.previous_of(keyframes[-1:]), link)
-        self._settle(keyframes, link)
+        job.link = self._join(job.keyframes, solution)
+        if self._refiner is not None and len(job.keyframes) > 1:
+            self._refine(self._refiner, [*job.keyframes, *self._window.new])
+        self._solver.commit(job.keyframes)
+        job.unfinished, job.is_joined = list(job.new), True
+
+    def _finish_keyframe(self, job: Job, keyframe: Keyframe, solution: Solution) -> None:
+        """Dense depth, points, scale, place and loops of one new keyframe."""
+        if self._refiner is not None and self.config.refine.dense:
+            self._deepen(keyframe, job.keyframes)
+        self._points.set(keyframe.id, self._points_of(keyframe, job.keyframes))
+        self._measure_scale(keyframe)
+        is_first = keyframe is job.new[0]
+        descriptor = solution.descriptors[job.keyframes.index(keyframe)]
+        self._remember(keyframe, descriptor, job.link.sigma if job.link is not None and is_first else 0.0)
+
+    def _finish_window(self, job: Job, solution: Solution) -> None:
+        """All keyframes are in the map: what follows from the whole."""
+        if solution.gauge is Gauge.METRIC:
+            log_scale, sigma = (job.link.log_scale, job.link.sigma) if job.link else (0.0, 0.0)
+            self._add_scale(from_model(job.new[-1], log_scale, sigma))
+        self._loops.forget_places(self._keyframes)
+        if self._loops.is_due:
+            self._loops.submit({k.id: k.S_map_keyframe for k in self._keyframes.values() if k.is_solved})
+        self._tracker.rebase(job.keyframes[-1], job.before_last, job.link)
+        self._settle(job.keyframes, job.link)
         self._num_windows += 1
-        self._last_report = self._report(len(keyframes), link, time.perf_counter() - started)
-        return Solved(self._last_report, new, self._depth_camera(solution.K))
+        self._last_report = self._report(len(job.keyframes), job.link, job.seconds)
+        depth = job.new[-1].dense
+        assert depth is not None
+        self._solved = Solved(self._last_report, job.new, self._depth_camera(solution.K), depth)
+        for keyframe in job.leaving:
+            keyframe.retire()
 
     def _settle(self, keyframes: Sequence[Keyframe], link: Link | None) -> None:
         """The window is in the map: what that means for the state."""
@@ -422,7 +513,7 @@ class Reconstructor:
         return link
 
     def _refine(self, refiner: Refiner, keyframes: Sequence[Keyframe]) -> None:
-        """Adjust the window's poses to its feature tracks, and the new depths to the landmarks."""
+        """Adjust poses to feature tracks and new depths to landmarks, of the window and of keyframes behind it."""
         assert self._preprocess is not None
         T_network = np.stack([k.T_world_camera for k in keyframes])
         priors = {k.id: _prior(k.dense) for k in keyframes if k.dense is not None}
@@ -440,31 +531,43 @@ class Reconstructor:
                 K = dense.K if self._solver.K is None else self._solver.K
                 keyframe.dense = replace(dense, depth=(factor * dense.depth).astype(np.float32), K=K)
 
+    def _deepen(self, keyframe: Keyframe, window: Sequence[Keyframe]) -> None:
+        """Dense depth of a keyframe from the flow to the others of its window."""
+        dense = keyframe.dense
+        assert dense is not None
+        views = [
+            DenseView(cv2.cvtColor(k.rgb, cv2.COLOR_RGB2GRAY), k.T_world_camera)
+            for k in window
+            if k is not keyframe and k.rgb is not None
+        ]
+        assert keyframe.rgb is not None
+        own = DenseView(cv2.cvtColor(keyframe.rgb, cv2.COLOR_RGB2GRAY), keyframe.T_world_camera)
+        depth, confidence = dense_depth(own, views, dense.depth, dense.confidence, dense.K)
+        keyframe.dense = replace(dense, depth=depth, confidence=confidence)
+
     # -- places and loops ----------------------------------------------------------------------------------------
 
-    def _remember(self, new: Sequence[Keyframe], descriptors: np.ndarray, link: Link | None) -> None:
-        """Make places of new keyframes, join them to the pose graph, look for loops, and have the graph solved."""
+    def _remember(self, keyframe: Keyframe, descriptor: np.ndarray, link_sigma: float) -> None:
+        """Make a place of a new keyframe, join it to the pose graph and look for loops.
+
+        ``link_sigma``: of log scale, of the link between its window and the one before; 0 inside a window.
+        """
         assert self._preprocess is not None
-        for keyframe, descriptor in zip(new, descriptors, strict=True):
-            dense, corners = keyframe.dense, keyframe.corners
-            assert dense is not None
-            assert corners is not None
-            keyframe.median_depth = float(np.median(dense.depth))
-            keyframe.place = make_place(
-                keyframe.id, descriptor, corners, dense, dense.K, self._preprocess.resize, PLACE_CONFIDENCE
-            )
-            keyframe.corners = None
-            keyframe.is_solved = True
-            self._step(keyframe, link.sigma if link is not None and keyframe is new[0] else 0.0)
-            if self.config.loops.enabled:
-                loop = self._loops.search(keyframe, self._keyframes, self._unconnected_from)
-                if loop is not None and self._unconnected_from is not None:
-                    self._connect(loop)
-            self._tie(keyframe)
-            self._places.add(keyframe.place)
-        self._loops.forget_places(self._keyframes)
-        if self._loops.is_due:
-            self._loops.submit({k.id: k.S_map_keyframe for k in self._keyframes.values() if k.is_solved})
+        dense, corners = keyframe.dense, keyframe.corners
+        assert dense is not None
+        assert corners is not None
+        keyframe.median_depth = float(np.median(dense.depth))
+        resize = self._preprocess.resize
+        keyframe.place = make_place(keyframe.id, descriptor, corners, dense, dense.K, resize, PLACE_CONFIDENCE)
+        keyframe.corners = None
+        keyframe.is_solved = True
+        self._step(keyframe, link_sigma)
+        if self.config.loops.enabled:
+            loop = self._loops.search(keyframe, self._keyframes, self._unconnected_from)
+            if loop is not None and self._unconnected_from is not None:
+                self._connect(loop)
+        self._tie(keyframe)
+        self._places.add(keyframe.place)
 
     def _step(self, keyframe: Keyframe, link_sigma: float) -> None:
         """Join a new keyframe to the one before it; ``link_sigma``: of log scale, of the link between their windows."""
@@ -516,18 +619,15 @@ class Reconstructor:
         self._scale_filter.restart({k.id: k.scale for k in self._keyframes.values()})
         self._corrections += 1
 
-    def _measure_scale(self, new: Sequence[Keyframe], link: Link | None, gauge: Gauge) -> None:
-        """Ask every source of metric scale about the new keyframes."""
-        measurements = self._odometry.add(new)
-        for keyframe in new:
-            measurements += [
-                m for m in (from_depth(keyframe), from_height(keyframe, self.config.scale.camera_height)) if m
-            ]
-        if gauge is Gauge.METRIC:
-            log_scale, sigma = (link.log_scale, link.sigma) if link else (0.0, 0.0)
-            measurements.append(from_model(new[-1], log_scale, sigma))
+    def _measure_scale(self, keyframe: Keyframe) -> None:
+        """Ask every source of metric scale about a new keyframe."""
+        measurements = self._odometry.add([keyframe])
+        measurements += [m for m in (from_depth(keyframe), from_height(keyframe, self.config.scale.camera_height)) if m]
         for m in measurements:
-            self._scale_filter.add(m, self._keyframes[m.keyframe_id].scale)
+            self._add_scale(m)
+
+    def _add_scale(self, measurement: Measurement) -> None:
+        self._scale_filter.add(measurement, self._keyframes[measurement.keyframe_id].scale)
 
     @property
     def _scale(self) -> ScaleEstimate:
@@ -616,10 +716,13 @@ class Reconstructor:
         moved[..., :3, 3] *= self._scale.metres_per_unit
         return moved
 
-    def _update(self, poses: Sequence[FramePose], solved: Solved | None) -> Update:
+    def _update(self, poses: Sequence[FramePose], before: Solved | None = None) -> Update:
+        """What this frame caused; ``before``: a window that was finished before the last one."""
+        solved, self._solved = self._solved, None
+        earlier = before.keyframes if before is not None and before is not solved else []
         return Update(
             poses=tuple(poses),
-            points=self._batch([k.id for k in solved.keyframes]) if solved else None,
+            points=self._batch([k.id for k in [*earlier, *solved.keyframes]]) if solved else None,
             depth=self._depth_image(solved) if solved else None,
             window=solved.report if solved else None,
             T_map_odom=self._T_map_odom,
@@ -641,9 +744,7 @@ class Reconstructor:
         return PointBatch(stamp, xyz, points.rgb, points.confidence)
 
     def _depth_image(self, solved: Solved) -> DepthImage:
-        keyframe = solved.keyframes[-1]
-        dense = keyframe.dense
-        assert dense is not None
+        keyframe, dense = solved.keyframes[-1], solved.depth
         keep = trusted(dense.depth, dense.confidence, np.inf, self.config.map)
         depth = np.where(keep, dense.depth * self._unit, np.nan).astype(np.float32)
         return DepthImage(keyframe.stamp_ns, keyframe.frame_id, depth, dense.confidence, solved.camera)
@@ -688,6 +789,7 @@ class Reconstructor:
 
     def save_map(self, path: str | Path) -> None:
         """Write keyframes, places, points and pose graph to one file; ``OSError`` when that cannot be written."""
+        self._complete()
         keyframes = tuple(k for k in self._keyframes.values() if k.is_solved)
         known = {k.id for k in keyframes}
         points = {i: self._points[i] for i in known if i in self._points}

@@ -45,9 +45,7 @@ class NetworkTracker:
         self._sigmas = (link.rotation_sigma, link.translation_sigma) if link is not None else (0.0, alone)
         assert keyframe.dense is not None
         self._depth = float(np.median(keyframe.dense.depth))
-        self._T_window_anchor: np.ndarray | None = None
-        if self._solver.has_context and keyframe.rgb is not None:
-            self._T_window_anchor = self._solver.query(keyframe.rgb, self._previous).T_window_camera[0]
+        self._T_window_anchor: np.ndarray | None = None  # asked for when the first frame comes
 
     @property
     def is_ready(self) -> bool:
@@ -57,12 +55,14 @@ class NetworkTracker:
         """Pose of a frame [h, w, 3] uint8 after the anchor keyframe."""
         anchor = self._anchor
         assert anchor is not None, "nothing has been solved yet"
-        if self._T_window_anchor is not None:
+        assert anchor.rgb is not None
+        if self._solver.has_context:
+            if self._T_window_anchor is None:
+                self._T_window_anchor = self._solver.query(anchor.rgb, self._previous).T_window_camera[0]
             seen = self._solver.query(rgb, [*self._previous[-1:], anchor])
             T_anchor_frame = geometry.inverse(self._T_window_anchor) @ seen.T_window_camera[0]
             T_anchor_frame[:3, 3] *= self._window_scale
         else:
-            assert anchor.rgb is not None
             seen = self._solver.pair(anchor.rgb, rgb)
             T_anchor_frame = geometry.inverse(seen.T_window_camera[0]) @ seen.T_window_camera[1]
             T_anchor_frame[:3, 3] *= _pair_scale(anchor, seen)

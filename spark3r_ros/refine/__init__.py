@@ -27,6 +27,7 @@ How the corridor uses it (``tracks.py`` makes the tracks; one Refiner per map, d
 * Same input, same output, bit for bit: no threads of our own, random numbers from fixed seeds.
 """
 
+from spark3r_ros.refine.dense import DenseView, dense_depth
 from spark3r_ros.refine.refiner import DepthPrior, RefinedWindow, Refiner, TrackedPose
 
-__all__ = ["DepthPrior", "RefinedWindow", "Refiner", "TrackedPose"]
+__all__ = ["DenseView", "DepthPrior", "RefinedWindow", "Refiner", "TrackedPose", "dense_depth"]
