@@ -287,8 +287,8 @@ def _reduce(system: _System, inverse: np.ndarray) -> tuple[np.ndarray, np.ndarra
     """
     H_pc = system.H_pc
     H_ip = np.stack([sum(inverse[:, i, j, None] * H_pc[j] for j in range(3)) for i in range(3)])
-    size = H_pc.shape[2]
-    return system.H_cc - _inner(H_pc.reshape(-1, size), H_ip.reshape(-1, size)), H_ip
+    shape = 3 * H_pc.shape[1], H_pc.shape[2]
+    return system.H_cc - _inner(H_pc.reshape(shape), H_ip.reshape(shape)), H_ip
 
 
 def _inner(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -299,7 +299,8 @@ def _inner(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     count, size = a.shape
     rows = max(16, _SINGLE_THREAD_PRODUCT // max(size * size, 1))
     whole = count // rows * rows
-    pieces = a[:whole].reshape(-1, rows, size).swapaxes(1, 2) @ b[:whole].reshape(-1, rows, size)
+    shape = count // rows, rows, size
+    pieces = a[:whole].reshape(shape).swapaxes(1, 2) @ b[:whole].reshape(shape)
     return pieces.sum(axis=0) + a[whole:].T @ b[whole:]
 
 
