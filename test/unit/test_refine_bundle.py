@@ -52,7 +52,7 @@ def make_problem(
 
 
 def solve_by_scipy(problem: Problem, loss_px: float) -> tuple[float, np.ndarray, np.ndarray, float, float]:
-    """Cost, poses, world points, log focal and readout at the minimum of the documented cost, derivatives by differences.
+    """Cost, poses, world points, log focal and readout at the minimum of the documented cost by differences.
 
     Its own parameters: rotation vectors and positions of the free cameras, points of the world.
     """
@@ -214,7 +214,7 @@ def test_a_free_readout_is_found():
 
 
 def test_priors_hold_points_without_parallax():
-    problem, T, xyz = make_problem(num_points=60, T=turning(4, 4.0), held=4, prior_sigma=0.1)
+    problem, _, xyz = make_problem(num_points=60, T=turning(4, 4.0), held=4, prior_sigma=0.1)
     wanted = 1.0 / problem.prior_inverse_depth
     problem = replace(problem, xyz=xyz * 1.3)
     solution = exact(problem)
@@ -307,6 +307,8 @@ def test_without_drops_observations_and_keeps_the_numbers_of_points():
 def test_projection_convention():
     """A pixel is focal * x / z + centre, of the point seen from the camera."""
     problem, T, xyz = make_problem(noise_px=0.0, disturbance=0.0, held=4)
-    uv = np.stack([project(transform(inverse(T[k]), xyz[p][None]), K)[0] for k, p in zip(problem.camera, problem.point)])
+    uv = np.stack(
+        [project(transform(inverse(T[k]), xyz[p][None]), K)[0] for k, p in zip(problem.camera, problem.point)]
+    )
     np.testing.assert_allclose(problem.uv, uv, atol=1e-9)
     assert adjust(problem).residual_px.max() < 0.05
