@@ -221,6 +221,8 @@ class Spark3rNode(LifecycleNode):
         except FrameError as error:
             self._drop("bad_frame", taken, str(error))
         except Exception as error:  # noqa: BLE001  the worker must outlive whatever a frame brings, and say so
+            if not self.context.ok():
+                return  # ROS has ended while the frame was in work: there is nobody to tell
             self.stats.worker_error = f"{type(error).__name__}: {error}"
             self._drop("failed", taken, f"frame {taken.stamp_ns} failed: {traceback.format_exc()}")
 
