@@ -312,7 +312,7 @@ class Timed(Reconstructor):
 def tracking(options: argparse.Namespace, config: Config, backbone: Backbone) -> dict[str, Any]:
     """What the pose of one frame costs, over what a window solve costs: by network query, and by the sparse map."""
     rows = {}
-    sequence = circuit(400, 0.2, (options.width, options.width * 3 // 4), options.seed)
+    sequence = circuit(250, 0.12, (options.width, options.width * 3 // 4), options.seed)
     for name, mode in (("network query", "off"), ("sparse map", "on")):
         reconstructor = Timed(with_values(config, {"refine.mode": mode}), backbone)
         for frame in sequence.frames():
