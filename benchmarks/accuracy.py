@@ -14,8 +14,8 @@ Errors, over every frame of the input; truth is used for nothing but scoring:
 * odometry: the same after Sim(3) for the poses that were given out while the stream ran
 * rotation, direction at gaps of 1, 5, 10 and 20 frames: median degrees between the true and the estimated relative
   rotation, and between the translations where the camera moved by more than 2% of the scene's depth (unknown: 1 cm)
-* AbsRel: mean of |depth / truth - 1| over the pixels that were published, after one scale per sequence; ``covered``: the
-  share of published pixels; ``control``: the same pixels with one constant depth per sequence
+* AbsRel: mean of |depth / truth - 1| over the pixels that were published, after one scale per sequence; ``covered``:
+  the share of published pixels; ``control``: the same pixels with one constant depth per sequence
 * posed: share of frames with a pose, and share of those given out as confident; ``lie``: share of frames whose position
   is confident but wrong by more than three of its own standard deviations (one scale per sequence)
 

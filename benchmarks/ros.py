@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""What the ROS node costs beside the reconstruction, with a fake one that answers at once, over real DDS.
+"""What the ROS node costs beside the reconstruction, with fakes that answer at once, over real DDS.
 
 usage: .venv/bin/python -m benchmarks.ros [--seconds 20] [--minutes 0] [--nice 0]
 
-* CPU per 640x480 image: the node's process against a bare rclpy subscriber in another process, fed by the same camera.
+* CPU per 640x480 image: the node's process against a bare rclpy subscriber in another process, fed by the same camera,
+  over the whole run and as the median of its seconds.
 * Latency from the camera's publish() to the odometry's arrival at another process, less the reconstruction's own time;
   and how much of that passes inside the node.
 * A cloud of 300,000 points from arrays to the wire: building the message and publish(), with a subscriber.
@@ -63,21 +64,31 @@ def bare_subscriber() -> None:
 
 
 def node_under_test() -> None:
-    import rclpy
-    from rclpy.executors import SingleThreadedExecutor
-    from rclpy.parameter import Parameter
+    """The real entry point around the fake reconstructor of the tests: a window every eight frames."""
+    from spark3r_ros.ros.node import main
 
-    from spark3r_ros.ros.node import Spark3rNode, start
-
-    rclpy.init()
-    node = Spark3rNode(fake_reconstructor(), parameter_overrides=[Parameter("base_frame", value="")])
-    assert start(node)
-    executor = SingleThreadedExecutor()
-    executor.add_node(node)
-    executor.spin()
+    main(["--ros-args", "-p", "base_frame:=''"], make_reconstructor=fake_reconstructor())
 
 
-def camera(count: int) -> None:
+def node_alone() -> None:
+    """The same without any reconstruction: every image is answered with the same pose at once."""
+    import dataclasses
+
+    from spark3r_ros.frame import FramePose, ScaleEstimate, TrackingState, Update
+    from spark3r_ros.ros.node import main
+
+    pose = FramePose(0, "", np.eye(4), np.eye(4), np.eye(6) * 1e-4, TrackingState.TRACKING)
+    update = Update(state=TrackingState.TRACKING, scale=ScaleEstimate(0.0, 0.01, "depth"))
+
+    class Still(fake_reconstructor()):  # type: ignore[misc]
+        def push(self, frame: Any) -> Update:
+            here = dataclasses.replace(pose, stamp_ns=frame.stamp_ns, frame_id=frame.frame_id)
+            return dataclasses.replace(update, poses=(here,))
+
+    main(["--ros-args", "-p", "base_frame:=''"], make_reconstructor=Still)
+
+
+def camera(count: int, listeners: int) -> None:
     """Images at RATE_HZ with the time of their publish() in the stamp; ends when all are acknowledged."""
     import rclpy
     from rclpy.duration import Duration
@@ -92,7 +103,7 @@ def camera(count: int) -> None:
     msg = Image(width=WIDTH, height=HEIGHT, encoding="rgb8", step=3 * WIDTH)
     msg.header.frame_id = "camera_optical_frame"
     msg.data.frombytes(np.random.default_rng(0).integers(0, 256, 3 * WIDTH * HEIGHT, dtype=np.uint8).tobytes())
-    wait(lambda: publisher.get_subscription_count() > 0, "nobody listens to the camera")
+    wait(lambda: publisher.get_subscription_count() == listeners, "the camera's listeners did not come up")
     time.sleep(0.5)  # the listeners' own discovery of each other
     begin = time.monotonic()
     for i in range(count):
@@ -102,7 +113,12 @@ def camera(count: int) -> None:
     publisher.wait_for_all_acked(Duration(seconds=10))
 
 
-ROLES: dict[str, Callable[..., None]] = {"bare": bare_subscriber, "node": node_under_test, "camera": camera}
+ROLES: dict[str, Callable[..., None]] = {
+    "bare": bare_subscriber,
+    "node": node_under_test,
+    "alone": node_alone,
+    "camera": camera,
+}
 
 
 class Process:
@@ -176,27 +192,33 @@ def measure_frames(node: Any, seconds: float) -> dict[str, float]:
     """CPU of node and bare subscriber under the same images, and latency."""
     odometer = Odometer(node)
     count = int(seconds * RATE_HZ)
-    bare, tested = Process("bare"), Process("node")
+    bare, tested = Process("bare"), Process("alone")
+    used: list[tuple[float, float]] = []  # by both since the beginning, every second
     try:
         wait(lambda: node.count_subscribers("/image") == 2, "the two subscribers did not come up")
         before = bare.cpu_s(), tested.cpu_s()
-        source = Process("camera", "--count", str(count))
+        source = Process("camera", "--count", str(count), "--listeners", "2")
         try:
-            odometer.spin_while(lambda: source.is_running)
+            odometer.spin_while(
+                lambda: source.is_running,
+                lambda: used.append((bare.cpu_s(), tested.cpu_s())) if odometer.count else None,
+            )
         finally:
             source.close()
         deadline = time.monotonic() + 2
         odometer.spin_while(lambda: odometer.count < count and time.monotonic() < deadline)
-        used = 1e3 * (bare.cpu_s() - before[0]) / count, 1e3 * (tested.cpu_s() - before[1]) / count
+        total = 1e3 * (bare.cpu_s() - before[0]) / count, 1e3 * (tested.cpu_s() - before[1]) / count
     finally:
         bare.close()
         tested.close()
+    by_second = np.diff(np.array(used), axis=0)  # [seconds, 2]
     return {
         "images": count,
         "poses": odometer.count,
-        "bare_cpu_ms": used[0],
-        "node_cpu_ms": used[1],
-        "cpu_ratio": used[1] / used[0],
+        "bare_cpu_ms": total[0],
+        "node_cpu_ms": total[1],
+        "cpu_ratio": total[1] / total[0],
+        "cpu_ratio_median_second": float(np.median(by_second[:, 1] / by_second[:, 0])),
         "latency_ms_median": float(np.median(odometer.latencies_ms)),
         "latency_ms_p95": float(np.percentile(odometer.latencies_ms, 95)),
     }
@@ -307,9 +329,10 @@ def main() -> None:
     parser.add_argument("--nice", type=int, default=0, help="priority of everything, 19 is the lowest")
     parser.add_argument("--role", choices=ROLES, help=argparse.SUPPRESS)
     parser.add_argument("--count", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--listeners", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.role:
-        ROLES[options.role](*([options.count] if options.role == "camera" else []))
+        ROLES[options.role](*([options.count, options.listeners] if options.role == "camera" else []))
         return
     os.nice(options.nice)
     domain, claim = ros_domain.claim()

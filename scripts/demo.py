@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -411,8 +412,11 @@ def main() -> None:
         report(options.out, recording, sent, got, seconds, truth)
         if options.offline:
             offline(options.out / "offline", recording, options.set, truth)
-    except (DemoError, sources.SourceError, OSError) as error:
+    except (DemoError, sources.SourceError) as error:
         sys.exit(f"demo: {error}")
+    except OSError as error:
+        remedy = f": make room under {options.out}, or choose --out" if error.errno == errno.ENOSPC else ""
+        sys.exit(f"demo: {error}{remedy}")
     except KeyboardInterrupt:
         sys.exit("demo: interrupted")
     if len(got.odometry) != sent:

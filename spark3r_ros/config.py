@@ -97,6 +97,10 @@ class WindowConfig(_Group):
     )
     min_features: int = param(30, "a frame with fewer corners is blank: never a keyframe", ge=0, le=10000)
     lost_confidence: float = param(0.15, "poses below this confidence are bad", ge=0.0, le=1.0)
+    lost_overlap: float = param(
+        0.1, "a frame that shares less than this share of the last keyframe's features, and that the sparse map does "
+        "not place, is bad: never a keyframe", ge=0.0, le=1.0,
+    )  # fmt: skip
     lost_seconds: float = param(0.5, "bad poses for longer than this mean that tracking is lost", ge=0.0, le=60.0)
     intrinsics_windows: int = param(3, "windows after which an estimated focal length is locked", ge=1, le=1000)
 

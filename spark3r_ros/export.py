@@ -96,7 +96,7 @@ def plot_map(
     up: str = "-y",
     truth: Trajectory = (),
 ) -> None:
-    """A PNG of map and trajectory, from above and from the side.
+    """A PNG of map and trajectory, from above and, level, from behind (optical frame) or from the right (ROS).
 
     Args:
         up: the map's axis that points up: ``-y`` where the map is the first camera's optical frame, ``z`` in ROS.
@@ -104,15 +104,15 @@ def plot_map(
     """
     from matplotlib.figure import Figure
 
-    # columns of the map frame that lie to the right, forward and up of the first camera
-    right, forward, height = {"-y": (0, 2, 1), "z": (0, 1, 2)}[up]
+    # columns of the map frame that are drawn to the right, up seen from above, and up seen level
+    right, forward, height, level = {"-y": (0, 2, 1, "from behind"), "z": (0, 1, 2, "from the side")}[up]
     chosen = np.linspace(0, len(points.xyz) - 1, min(len(points.xyz), _PLOTTED_POINTS)).astype(int)
     xyz, rgb = points.xyz[chosen], points.rgb[chosen] / 255
     paths = [(truth, "k--", "truth"), (trajectory, "r-", "camera")]
 
     figure = Figure(figsize=(12, 6), layout="constrained")
     figure.suptitle(title)
-    for axes, vertical, name in zip(figure.subplots(1, 2), (forward, height), ("from above", "from the side")):
+    for axes, vertical, name in zip(figure.subplots(1, 2), (forward, height), ("from above", level)):
         columns = [right, vertical]
         axes.scatter(*xyz[:, columns].T, c=rgb, s=0.6, linewidths=0, rasterized=True)
         positions = np.array([T[columns, 3] for poses, _, _ in paths for _, T in poses]).reshape(-1, 2)

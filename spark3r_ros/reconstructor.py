@@ -161,9 +161,12 @@ class Reconstructor:
         seen = self._see(frame)
         if not self._num_windows and self._state is TrackingState.INITIALISING:
             return self._initialise(seen)
+        segment = self._segment
         estimate = self._track_or_lose(seen)
         self._advance_odometry(estimate.T_world_camera)
-        keyframe = self._add_keyframe(seen, estimate.T_world_camera) if seen.gate is Gate.KEYFRAME else None
+        just_lost = segment != self._segment  # features start again with the next frame
+        wanted = seen.gate is Gate.KEYFRAME and not just_lost and not self._is_cut_off(seen, estimate)
+        keyframe = self._add_keyframe(seen, estimate.T_world_camera) if wanted else None
         self._record(seen, estimate, keyframe)
         self._work(frame.stamp_ns)
         return self._update([self._pose_of(seen, estimate)])
@@ -313,9 +316,18 @@ class Reconstructor:
         tracked = self._refiner.track(seen.tracks, guess) if self._refiner is not None else None
         if tracked is None:
             self._complete()  # the network has one context
-            return self._tracker.track(seen.network.rgb)
+            estimate = self._tracker.track(seen.network.rgb)
+            return replace(estimate, confidence=0.0) if self._overlaps_too_little(seen) else estimate
         confidence = _inlier_confidence(tracked.num_inliers) if tracked.is_reliable else 0.0
         return Estimate(tracked.T_world_camera, tracked.covariance, confidence)
+
+    def _overlaps_too_little(self, seen: Seen) -> bool:
+        return seen.tracks.survival < self.config.window.lost_overlap
+
+    def _is_cut_off(self, seen: Seen, estimate: Estimate) -> bool:
+        """Whether nothing ties the frame to the map: made a keyframe, it would begin a second world inside this one."""
+        tracks = self._state is TrackingState.TRACKING and not self._recovering
+        return tracks and estimate.confidence < self.config.window.lost_confidence and self._overlaps_too_little(seen)
 
     def _track_or_lose(self, seen: Seen) -> Estimate:
         """Track; when that has failed for a while, say so and look for the place among those that are known."""

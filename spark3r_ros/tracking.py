@@ -30,7 +30,9 @@ class NetworkTracker:
     """Poses frames relative to the newest solved keyframe.
 
     Both are seen by the same kind of pass (one frame that looks at the context), so what that pass gets wrong about
-    places cancels in the motion between them. Without a context the two frames make a pass of their own.
+    places cancels in the motion between them, and the keyframe's depth in its own camera gives the scale: when a window
+    has refreshed the context, pose and scale go on where they were. Without a context the two frames make a pass of
+    their own.
     """
 
     def __init__(self, solver: Solver) -> None:
@@ -58,14 +60,16 @@ class NetworkTracker:
         assert anchor.rgb is not None
         if self._solver.has_context:
             if self._T_window_anchor is None:
-                self._T_window_anchor = self._solver.query(anchor.rgb, self._previous).T_window_camera[0]
+                own = self._solver.query(anchor.rgb, self._previous)
+                self._T_window_anchor = own.T_window_camera[0]
+                self._window_scale = _own_scale(anchor, own) or self._window_scale
             seen = self._solver.query(rgb, [*self._previous[-1:], anchor])
             T_anchor_frame = geometry.inverse(self._T_window_anchor) @ seen.T_window_camera[0]
             T_anchor_frame[:3, 3] *= self._window_scale
         else:
             seen = self._solver.pair(anchor.rgb, rgb)
             T_anchor_frame = geometry.inverse(seen.T_window_camera[0]) @ seen.T_window_camera[1]
-            T_anchor_frame[:3, 3] *= _pair_scale(anchor, seen)
+            T_anchor_frame[:3, 3] *= _own_scale(anchor, seen) or 1.0
         confidence = float(np.median(seen.confidence[-1]))
         doubt = 1 / max(confidence, 0.05)
         sigma_r = doubt * max(MIN_ROTATION_SIGMA, self._sigmas[0])
@@ -75,8 +79,9 @@ class NetworkTracker:
         )
 
 
-def _pair_scale(anchor: Keyframe, seen: Solution) -> float:
+def _own_scale(anchor: Keyframe, seen: Solution) -> float | None:
+    """World units per unit of a pass whose first frame is the anchor: median depth ratio in its own camera."""
     assert anchor.dense is not None
     weights = np.minimum(anchor.dense.confidence, seen.confidence[0]).ravel().astype(float)
     log_ratio = robust_log_ratio(anchor.dense.depth.ravel(), seen.depth[0].ravel(), weights)
-    return float(np.exp(log_ratio)) if log_ratio is not None else 1.0
+    return float(np.exp(log_ratio)) if log_ratio is not None else None

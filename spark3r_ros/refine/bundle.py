@@ -1,8 +1,9 @@
 """Robust bundle adjustment of a few cameras and many points, by a Schur complement in numpy.
 
-Own code instead of a kept solver because of three things the stream needs at once: points as inverse depths (far points
-and rotation without parallax stay well conditioned) with a weak prior on each, a focal length that can be free, and
-8 keyframes with 600 points in well under the 0.15 s that gtsam 4.3 takes from Python (graph building included).
+Own code instead of a kept solver because of what the stream needs at once: points as inverse depths (far points and
+rotation without parallax stay well conditioned) with a robust prior on each, a focal length and a readout that can be
+free, bits that repeat, and 8 keyframes with 600 points in about a quarter of the time that gtsam 4.3 takes from Python.
+Ceres through pycolmap is as fast, but knows neither priors of depth nor a shutter (``benchmarks/refine.py``).
 ``test_refine_bundle.py`` holds it against scipy's ``least_squares``.
 
 Legend: K cameras, P points, M observations. A point is (a, b, r): in the frame of its *anchor*, a camera pose that is
@@ -287,8 +288,8 @@ def _reduce(system: _System, inverse: np.ndarray) -> tuple[np.ndarray, np.ndarra
     """
     H_pc = system.H_pc
     H_ip = np.stack([sum(inverse[:, i, j, None] * H_pc[j] for j in range(3)) for i in range(3)])
-    size = H_pc.shape[2]
-    return system.H_cc - _inner(H_pc.reshape(-1, size), H_ip.reshape(-1, size)), H_ip
+    shape = 3 * H_pc.shape[1], H_pc.shape[2]
+    return system.H_cc - _inner(H_pc.reshape(shape), H_ip.reshape(shape)), H_ip
 
 
 def _inner(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -299,7 +300,8 @@ def _inner(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     count, size = a.shape
     rows = max(16, _SINGLE_THREAD_PRODUCT // max(size * size, 1))
     whole = count // rows * rows
-    pieces = a[:whole].reshape(-1, rows, size).swapaxes(1, 2) @ b[:whole].reshape(-1, rows, size)
+    shape = count // rows, rows, size
+    pieces = a[:whole].reshape(shape).swapaxes(1, 2) @ b[:whole].reshape(shape)
     return pieces.sum(axis=0) + a[whole:].T @ b[whole:]
 
 

@@ -6,6 +6,8 @@ reconstruction, and publishes what comes of it. Services wait for the worker wit
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import signal
 import sys
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 _QUIET_S = 5.0  # between two log lines of the same kind
 _SKEW_S = 10.0  # images this far from the node's clock are of another time
 _NEW_SIZE_FRAMES = 10  # refused in a row before a changed image size is taken for a new camera mode
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _OK, _FAILED = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
 
 Factory = Callable[[Config], "Reconstructor"]
@@ -218,6 +221,8 @@ class Spark3rNode(LifecycleNode):
         except FrameError as error:
             self._drop("bad_frame", taken, str(error))
         except Exception as error:  # noqa: BLE001  the worker must outlive whatever a frame brings, and say so
+            if not self.context.ok():
+                return  # ROS has ended while the frame was in work: there is nobody to tell
             self.stats.worker_error = f"{type(error).__name__}: {error}"
             self._drop("failed", taken, f"frame {taken.stamp_ns} failed: {traceback.format_exc()}")
 
@@ -449,6 +454,7 @@ def main(args: list[str] | None = None, make_reconstructor: Factory = load_recon
     """Entry point ``spark3r_node``: a node that configures and activates itself unless autostart is off."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")  # of the parts without ROS
     logging.getLogger("spark3r_ros").setLevel(logging.INFO)
+    _keep_freed_memory()
     rclpy.init(args=args)
     node = None
     try:
@@ -469,6 +475,18 @@ def main(args: list[str] | None = None, make_reconstructor: Factory = load_recon
             node.close()
         rclpy.try_shutdown()
     return 0
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep what images leave behind instead of giving it back and faulting it in for the next one.
+
+    That took 0.7 ms of CPU per 640x480 image. glibc adapts these two thresholds by itself when large blocks are freed,
+    up to the values given here (mallopt(3)); other C libraries have no mallopt, or ignore it.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
 def start(node: Spark3rNode) -> bool:

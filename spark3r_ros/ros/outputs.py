@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from geometry_msgs.msg import Point
-from nav_msgs.msg import Odometry
 from rclpy.node import Node
 from rclpy.publisher import Publisher
 from std_msgs.msg import ColorRGBA
@@ -54,7 +53,6 @@ class Outputs:
             if o.topic != "/diagnostics"
         }
         self.tf = TransformOutput(node, config, self._publishers["/tf"])
-        self._odometry = Odometry()
         self._cloud, self._map_cloud = conversions.CloudWriter(), conversions.CloudWriter()
         self._may_check_parents = True
         self.restart(None)
@@ -67,6 +65,7 @@ class Outputs:
     def restart(self, T_map_world: np.ndarray | None) -> None:
         """Begin anew with the next pose; ``T_map_world`` is known when a map was loaded."""
         self._placement: Placement | None = None
+        self._odometry: conversions.OdometryWriter | None = None  # its frames are known with the placement
         self._known_T_map_world = T_map_world
         self._pending: list[Update] = []
         self._pending_since = 0.0
@@ -146,11 +145,10 @@ class Outputs:
         twist, twist_covariance = self._twist.update(pose.stamp_ns, T_odom_body, covariance)
         if is_lost:
             covariance = twist_covariance = UNKNOWN
-        msg = self._odometry
-        msg.header.stamp.sec, msg.header.stamp.nanosec = divmod(pose.stamp_ns, stamps.NS_PER_S)
-        msg.header.frame_id = self.config.map_frame if in_map else self.config.odom_frame
-        msg.child_frame_id = place.body
-        conversions.set_odometry(msg, T_parent_body, covariance, twist, twist_covariance)
+        if self._odometry is None:
+            parent = self.config.map_frame if in_map else self.config.odom_frame
+            self._odometry = conversions.OdometryWriter(parent, place.body)
+        msg = self._odometry.write(pose.stamp_ns, T_parent_body, covariance, twist, twist_covariance)
         self._publishers["~/odometry"].publish(msg)
         self._stats.pose_sent(pose.stamp_ns)
         if not is_lost:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 import numpy as np
-from geometry_msgs.msg import TransformStamped
 from rclpy.node import Node
 from rclpy.publisher import Publisher
 from tf2_msgs.msg import TFMessage
@@ -15,6 +14,7 @@ from spark3r_ros.config import NodeConfig
 from spark3r_ros.ros import conversions, stamps
 
 RESEND_S = 0.05
+_Transform = tuple[str, str, int, np.ndarray]  # parent, child, stamp_ns, T_parent_child
 
 
 class TransformOutput:
@@ -24,7 +24,7 @@ class TransformOutput:
         self.config = config
         self._node = node
         self._publisher = publisher
-        self._pose, self._map_to_odom = TransformStamped(), TransformStamped()  # the worker's, used again and again
+        self._writers: dict[tuple[tuple[str, str], ...], conversions.TransformWriter] = {}
         self._newest: tuple[int, int] | None = None  # stamp of the newest image, and the node's clock at its arrival
         self.restart()
 
@@ -43,26 +43,25 @@ class TransformOutput:
         """map -> odom, dated transform_tolerance after the present: the time of images that would arrive now."""
         T_map_odom = self._T_map_odom
         if T_map_odom is not None and self._newest is not None:
-            map_to_odom = TransformStamped()  # not the worker's: this is the executor's thread
-            self._fill(map_to_odom, self.config.map_frame, self.config.odom_frame, self._present_ns(), T_map_odom)
+            parent, child, stamp_ns, T = self._map_to_odom(self._present_ns(), T_map_odom)
             # half the period: the next image may come just before the whole one and the one after it far too late
-            self._publish([map_to_odom], 0.5 * RESEND_S)
+            self._due = time.monotonic() + 0.5 * RESEND_S
+            message = conversions.transform_message(parent, child, stamp_ns, T)  # the writers are the worker's
+            self._publisher.publish(TFMessage(transforms=[message]))
 
     def send(self, parent: str, child: str, stamp_ns: int, T_parent_child: np.ndarray) -> None:
         """The transform of one pose, and map -> odom beside it."""
-        self._fill(self._pose, parent, child, stamp_ns, T_parent_child)
-        if self._T_map_odom is None:
-            self._publish([self._pose])
-        else:
-            self._fill_map_to_odom(self._present_ns(), self._T_map_odom)
-            self._publish([self._pose, self._map_to_odom], 0.9 * RESEND_S)  # the next pose brings it along
+        transforms = [self._directed(parent, child, stamp_ns, T_parent_child)]
+        if self._T_map_odom is not None:
+            transforms.append(self._map_to_odom(self._present_ns(), self._T_map_odom))
+            self._due = time.monotonic() + 0.9 * RESEND_S  # the next pose brings it along
+        self._publish(transforms)
 
     def set_map_to_odom(self, T_map_odom: np.ndarray, stamp_ns: int) -> None:
         """Send this from now on; the first one also for ``stamp_ns``, so that nothing before it has to be known."""
         first, self._T_map_odom = self._T_map_odom is None, T_map_odom
         if first:
-            self._fill_map_to_odom(stamp_ns, T_map_odom)
-            self._publish([self._map_to_odom])
+            self._publish([self._map_to_odom(stamp_ns, T_map_odom)])
 
     def _present_ns(self) -> int:
         assert self._newest is not None, "a pose without an image"
@@ -70,14 +69,16 @@ class TransformOutput:
         elapsed_ns = max(self._node.get_clock().now().nanoseconds - clock_ns, 0)
         return stamp_ns + elapsed_ns + int(self.config.transform_tolerance * stamps.NS_PER_S)
 
-    def _fill_map_to_odom(self, stamp_ns: int, T_map_odom: np.ndarray) -> None:
-        self._fill(self._map_to_odom, self.config.map_frame, self.config.odom_frame, stamp_ns, T_map_odom)
+    def _map_to_odom(self, stamp_ns: int, T_map_odom: np.ndarray) -> _Transform:
+        return self._directed(self.config.map_frame, self.config.odom_frame, stamp_ns, T_map_odom)
 
-    def _fill(self, msg: TransformStamped, parent: str, child: str, stamp_ns: int, T_parent_child: np.ndarray) -> None:
+    def _directed(self, parent: str, child: str, stamp_ns: int, T_parent_child: np.ndarray) -> _Transform:
         if self.config.invert_tf:
-            parent, child, T_parent_child = child, parent, geometry.inverse(T_parent_child)
-        conversions.set_transform(msg, parent, child, stamp_ns, T_parent_child)
+            return child, parent, stamp_ns, geometry.inverse(T_parent_child)
+        return parent, child, stamp_ns, T_parent_child
 
-    def _publish(self, transforms: list[TransformStamped], due_s: float = 0.0) -> None:
-        self._due = time.monotonic() + due_s
-        self._publisher.publish(TFMessage(transforms=transforms))
+    def _publish(self, transforms: list[_Transform]) -> None:
+        links = tuple((parent, child) for parent, child, _, _ in transforms)
+        if links not in self._writers:
+            self._writers[links] = conversions.TransformWriter(links)
+        self._publisher.publish(self._writers[links].write([(stamp_ns, T) for _, _, stamp_ns, T in transforms]))

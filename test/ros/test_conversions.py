@@ -5,8 +5,10 @@ import array
 import numpy as np
 import pytest
 from nav_msgs.msg import Odometry
+from rclpy.serialization import deserialize_message
 from rig import image
 from sensor_msgs.msg import CameraInfo, PointCloud2
+from tf2_msgs.msg import TFMessage
 
 from spark3r_ros import calibration, encodings, geometry
 from spark3r_ros.frame import CameraModel, PointBatch
@@ -221,6 +223,33 @@ def test_the_quick_quaternion_equals_the_plain_one():
         np.testing.assert_allclose(placement.rotation_vector(R), geometry.so3_log(R), atol=1e-9)
         own, plain = optional.quaternion(R), geometry.quat_xyzw_from_matrix(R)
         np.testing.assert_allclose(own * np.sign(own @ plain), plain, atol=1e-12)
+
+
+@pytest.mark.parametrize("child", ["base_link", "b", "a/rather/long_name"])  # lengths move what follows
+def test_odometry_as_bytes_equals_the_message(child):
+    rng = np.random.default_rng(4)
+    writer = conversions.OdometryWriter("odom", child)
+    for stamp_ns in (1_341_847_980_822_978_123, 7):
+        T = geometry.make_T(geometry.so3_exp(rng.normal(size=3)), rng.normal(size=3))
+        covariance, twist, twist_covariance = rng.normal(size=(6, 6)), rng.normal(size=6), rng.normal(size=(6, 6))
+        expected = Odometry(child_frame_id=child)
+        expected.header.frame_id, expected.header.stamp = "odom", stamps.to_msg(stamp_ns)
+        conversions.set_odometry(expected, T, covariance, twist, twist_covariance)
+        got = writer.write(stamp_ns, T, covariance, twist, twist_covariance)
+        assert deserialize_message(got, Odometry) == expected
+
+
+@pytest.mark.parametrize("links", [[("map", "odom")], [("odom", "base_link"), ("map", "odom")], [("a", "bb")] * 3])
+def test_transforms_as_bytes_equal_the_message(links):
+    rng = np.random.default_rng(5)
+    writer = conversions.TransformWriter(links)
+    for _ in range(2):
+        values = [
+            (int(rng.integers(1, 2**60)), geometry.make_T(geometry.so3_exp(rng.normal(size=3)), rng.normal(size=3)))
+            for _ in links
+        ]
+        expected = [conversions.transform_message(*link, *value) for link, value in zip(links, values)]
+        assert deserialize_message(writer.write(values), TFMessage).transforms == expected
 
 
 def test_set_odometry_fills_every_number():

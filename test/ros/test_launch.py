@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from diagnostic_msgs.msg import DiagnosticArray
 from nav_msgs.msg import Odometry
 from rcl_interfaces.srv import GetParameters
 from rclpy.parameter import parameter_value_to_python
 from rclpy.qos import QoSProfile
-from rig import image
+from rig import image, statuses
 from sensor_msgs.msg import Image
 from test_processes import Listener
 
@@ -228,11 +229,16 @@ def test_replay_is_launched_plays_every_image_and_keeps_the_config(ros, tmp_path
     stamps_ns = [1_000_000_000 + i * 20_000_000 for i in range(30)]
     frames = (Frame(s, np.zeros((48, 64, 3), np.uint8), "camera_optical_frame") for s in stamps_ns)
     bags.write_bag(frames, tmp_path / "bag")
-    listener = Listener((Odometry, "/spark3r/odometry", QoSProfile(depth=100)))
-    odometry = listener.got["/spark3r/odometry"]
+    listener = Listener(
+        (Odometry, "/spark3r/odometry", QoSProfile(depth=100)),
+        (DiagnosticArray, "/diagnostics", QoSProfile(depth=10)),
+    )
+    odometry, diagnostics = listener.got["/spark3r/odometry"], listener.got["/diagnostics"]
     with launched(tmp_path, "replay.launch.py", f"bag:={tmp_path / 'bag'}", "rate:=0.5", "tf_mode:=off"):
-        listener.until(lambda: len(odometry) == 30, 60)
-        assert [stamps.to_ns(m.header.stamp) for m in odometry] == stamps_ns
+        listener.until(lambda: diagnostics and statuses(diagnostics[-1])["spark3r: input"]["poses"] == "30", 60)
+        listener.until(lambda: odometry and stamps.to_ns(odometry[-1].header.stamp) == stamps_ns[-1], 60)
+        got = [stamps.to_ns(m.header.stamp) for m in odometry]
+        assert got == stamps_ns[-len(got) :]  # the player waits for the node, and nobody waits for this listener
         assert parameter(listener, "/spark3r", "use_sim_time") is True
         assert parameter(listener, "/spark3r", "drop_policy") == "never"
         assert parameter(listener, "/spark3r", "tf_mode") == "off", "an argument of live.launch.py"

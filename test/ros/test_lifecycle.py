@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import rclpy
 from fake import FakeReconstructor
 from lifecycle_msgs.srv import ChangeState, GetState
 from nav_msgs.msg import Odometry
@@ -121,6 +122,18 @@ def test_an_unforeseen_error_in_configure_leaves_it_unconfigured_and_usable(ros)
 def test_shutdown_from_active(rig):
     r = rig()
     assert r.node.trigger_shutdown() == OK
+
+
+def test_a_frame_in_work_when_ros_ends_is_no_error(rig, capfd):
+    r = rig()
+    r.fake.gate.clear()
+    r.send(1, wait=False)
+    r.until(lambda: r.stats.images == 1 and not r.node._worker.waiting)
+    rclpy.shutdown()
+    r.fake.gate.set()
+    r.close()
+    assert not r.stats.dropped.total()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 # ---- parameters -----------------------------------------------------------------------------------------------------

@@ -95,10 +95,12 @@ class Oracle:
         gauge: Gauge = Gauge.ANCHORED,
         first_scale: float = 0.5,
         confidence: float = 0.9,
+        query_scale: float = 1.0,
     ) -> None:
         self.stream, self.gauge = stream, gauge
         self.scale_noise, self.pose_noise, self.depth_noise = scale_noise, pose_noise, depth_noise
         self.first_scale, self.confidence = first_scale, confidence
+        self.query_scale = query_scale  # of single frames over that of the windows that made their context
         self.index = {f.image.tobytes(): i for i, f in enumerate(stream.frames)}
         self.passes: list[int] = []  # frames per pass
         self.rng = np.random.default_rng(0)
@@ -120,6 +122,8 @@ class Oracle:
             gauge[:3, 3] *= geometry.scale_of(gauge)
         else:
             gauge = geometry.similarity(np.exp(self.rng.normal(0, self.scale_noise)), np.eye(4)) @ context.gauge
+            if len(rows) == 1:
+                gauge = geometry.similarity(self.query_scale, np.eye(4)) @ gauge
         if context is not None:
             context.pending = gauge if context.is_empty else context.gauge
         T = geometry.apply_similarity_to_pose(gauge, T)

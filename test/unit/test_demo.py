@@ -1,5 +1,6 @@
 """The demo's figures are right, and its sample is made once."""
 
+import errno
 from pathlib import Path
 
 import cv2
@@ -52,6 +53,17 @@ def test_the_sample_is_rendered_once(tmp_path, monkeypatch):
     assert demo.sample(tmp_path) == (bag, truth)
     odometry = [(written[0], np.eye(4)), (written[2] + 7, np.eye(4))]
     assert demo.largest_stamp_difference(bag, odometry) == 7
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(demo, "sample", full)
+    monkeypatch.setattr("sys.argv", ["demo", "--out", str(tmp_path)])
+    monkeypatch.setattr(demo, "prepare_ros", lambda out: None)
+    with pytest.raises(SystemExit, match=rf"^demo: .*No space left on device: make room under {tmp_path}, or choose"):
+        demo.main()
 
 
 def test_the_dds_profile_is_shipped():

@@ -1,6 +1,7 @@
 """The package installs where pip, colcon, `ros2 run` and launch look, and its core works without ROS."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -77,6 +78,15 @@ def test_manifest():
     python_keys = {name for name in depends if name.startswith("python3-")}
     assert python_keys <= ROSDEP_KEYS
     assert not any("pip" in name for name in depends), "pip keys keep a package off the build farm"
+
+
+def test_every_ros_package_that_is_imported_is_declared():
+    """Those of spark3r_ros/ros/optional.py may be missing and need not be declared."""
+    depends = {element.text for element in ET.parse(ROOT / "package.xml").getroot() if element.tag.endswith("depend")}
+    lines = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "spark3r_ros" / "ros").glob("*.py"))
+    imported = set(re.findall(r"^ *(?:from|import) (rclpy|\w+_(?:msgs|srvs|interfaces))\b", lines, re.M))
+    assert len(imported) > 10
+    assert imported - depends == set()
 
 
 WITHOUT_ROS = """

@@ -73,7 +73,7 @@ def test_a_query_without_depth_has_no_scale():
 
 
 def test_depths_that_contradict_each_other_are_refused():
-    """What the query believes of the distances does not fit what the place believes: not the same place, or no depth."""
+    """What the query believes of the distances does not fit the place's: not the same place, or no depth."""
     query, place = two_views()
     skewed = query.depth * np.exp(1.5 * query.xy[:, 0]).astype(np.float32)
     assert recognise(dataclasses.replace(query, depth=skewed), place, LoopConfig()) is None

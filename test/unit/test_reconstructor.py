@@ -132,6 +132,13 @@ def test_tracking_costs_one_frame_per_pass(stream):
     assert max(sizes) == 6
 
 
+def test_single_frames_of_another_scale_are_pinned_to_their_keyframe(stream):
+    reconstructor, _ = run(stream, Oracle(stream, query_scale=1.4), window__keyframe_flow=0.15)
+    estimated = np.stack([T[:3, 3] for _, T in reconstructor.trajectory()])
+    assert reconstructor.status()["keyframes"] < 30  # most frames are tracked only
+    assert ate(estimated, stream.T_world_camera[:, :3, 3])[0] < 2e-3
+
+
 def test_same_input_same_output(stream):
     a, b = (poses_of(run(stream, Oracle(stream, pose_noise=0.01))[1]) for _ in range(2))
     for p, q in zip(a, b, strict=True):

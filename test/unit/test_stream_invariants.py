@@ -1,0 +1,168 @@
+"""What holds for every stream, with the shipped nano on rendered scenes: one pose per frame, stamps in order, a finite
+pose or none that is trusted, and the same result whenever and wherever it is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from spark3r_ros.backbone import load_backbone
+from spark3r_ros.config import Config, with_values
+from spark3r_ros.frame import CameraModel, Frame, FramePose, TrackingState
+from spark3r_ros.reconstructor import Reconstructor
+from training.paths import camera_path
+from training.scenes import Scene, camera_matrix
+
+WIDTH, HEIGHT = 160, 120
+K = camera_matrix(WIDTH, HEIGHT, 65.0)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def rendered(kind: str, count: int, seed: int) -> list[np.ndarray]:
+    scene = Scene(seed, "room")
+    return [scene.render(T, K, WIDTH, HEIGHT)[0] for T in camera_path(kind, count, seed, 0.3)]
+
+
+@pytest.fixture(scope="module")
+def images() -> list[np.ndarray]:
+    return rendered("orbit", 50, 3)
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return load_backbone("nano")
+
+
+def push_all(reconstructor: Reconstructor, frames: list[Frame]) -> list[FramePose]:
+    poses = [p for f in frames for p in reconstructor.push(f).poses]
+    return [*poses, *reconstructor.finish().poses]
+
+
+def as_frames(images: list[np.ndarray], stamps=None, camera: bool = True) -> list[Frame]:
+    model = CameraModel(WIDTH, HEIGHT, K) if camera else None
+    stamps = range(0, len(images) * 10**8, 10**8) if stamps is None else stamps
+    return [Frame(int(s), image, "camera", model) for s, image in zip(stamps, images, strict=True)]
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_every_frame_has_exactly_one_pose_in_stamp_order(images, backbone, data):
+    """Whatever the camera does - stand still, jump, go dark - and however the stream is cut into windows."""
+    rows, position = [], 0
+    for _ in range(data.draw(st.integers(1, 6))):
+        move = data.draw(st.sampled_from(["on", "back", "still", "jump", "dark"]))
+        for _ in range(data.draw(st.integers(1, 9))):
+            position += {"on": 1, "back": -1, "jump": 11}.get(move, 0)
+            rows.append(-1 if move == "dark" else position % len(images))
+    stamps = np.cumsum(data.draw(st.lists(st.integers(1, 10**9), min_size=len(rows), max_size=len(rows))))
+    size = data.draw(st.integers(2, 8))
+    config = with_values(
+        Config(),
+        {
+            "window.size": size,
+            "window.overlap": data.draw(st.integers(1, size - 1)),
+            "window.first_seconds": data.draw(st.floats(0, 5)),
+            "window.max_pending": data.draw(st.integers(1, 40)),
+            "refine.mode": data.draw(st.sampled_from(["on", "off"])),
+            "context.enabled": data.draw(st.booleans()),
+        },
+    )
+    dark = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    frames = as_frames([dark if r < 0 else images[r] for r in rows], stamps, data.draw(st.booleans()))
+    poses = push_all(Reconstructor(config, backbone), frames)
+    assert [p.stamp_ns for p in poses] == [f.stamp_ns for f in frames]
+    for p in poses:
+        assert np.isfinite(p.T_odom_camera).all()
+        assert np.isfinite(p.T_map_camera).all()
+        np.testing.assert_allclose(p.T_map_camera[:3, :3] @ p.T_map_camera[:3, :3].T, np.eye(3), atol=1e-6)
+        assert np.linalg.eigvalsh(p.covariance).min() > 0
+        assert p.state is not TrackingState.LOST or p.covariance[0, 0] > 1e3
+
+
+def test_a_refused_frame_leaves_no_trace(images, backbone):
+    from spark3r_ros.reconstructor import FrameError
+
+    frames = as_frames(images[:25])
+    bad = dataclasses.replace(frames[12], stamp_ns=frames[12].stamp_ns + 1, image=np.zeros((60, 80, 3), np.uint8))
+    whole, disturbed = Reconstructor(Config(), backbone), Reconstructor(Config(), backbone)
+    expected = push_all(whole, frames)
+    poses = [p for f in frames[:13] for p in disturbed.push(f).poses]
+    for refused in (bad, frames[3], dataclasses.replace(bad, image=bad.image.astype(float))):
+        with pytest.raises(FrameError):
+            disturbed.push(refused)
+    poses += push_all(disturbed, frames[13:])
+    assert digest(poses) == digest(expected)
+
+
+# -- lost --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("refine", ["on", "off"])
+def test_a_cut_is_noticed_and_the_way_back_found(refine, backbone, images):
+    """The stream jumps to another room without a gap: no frame of it is tracked in the map of the first."""
+    others = rendered("orbit", 12, 8)
+    rows = [*images[:40], *others, *images[39:19:-1]]
+    reconstructor = Reconstructor(with_values(Config(), {"refine.mode": refine, "window.first_size": 8}), backbone)
+    poses = push_all(reconstructor, as_frames(rows))
+    assert [p.stamp_ns for p in poses] == list(range(0, len(rows) * 10**8, 10**8))
+    assert all(p.state is TrackingState.TRACKING for p in poses[:40])
+    elsewhere = poses[46:52]  # half a second after the cut
+    assert all(p.state is TrackingState.LOST and p.covariance[0, 0] > 1e3 for p in elsewhere)
+    back = [p for p in poses[52:] if p.state is TrackingState.TRACKING and p.covariance[0, 0] < 1]
+    assert back, "not found again"
+
+
+# -- the same result, bit for bit --------------------------------------------------------------------------------------
+
+
+def digest(poses: list[FramePose], reconstructor: Reconstructor | None = None) -> str:
+    found = hashlib.sha256()
+    for p in poses:
+        for part in (p.T_odom_camera, p.T_map_camera, p.covariance):
+            found.update(np.ascontiguousarray(part).tobytes())
+        found.update(f"{p.stamp_ns} {p.state.value} {p.is_keyframe}".encode())
+    if reconstructor is not None:
+        cloud = reconstructor.map_points()
+        for part in (cloud.xyz, cloud.rgb, cloud.confidence):
+            found.update(np.ascontiguousarray(part).tobytes())
+        for _, T in reconstructor.trajectory():
+            found.update(T.tobytes())
+    return found.hexdigest()
+
+
+def there_and_back(refine: str) -> str:
+    """A path that sees its places twice, so that loops are closed too, as one number."""
+    images = rendered("orbit", 24, 3)
+    options = {"refine.mode": refine, "loops.min_gap": 4, "window.keyframe_flow": 0.03}
+    reconstructor = Reconstructor(with_values(Config(), options), load_backbone("nano"))
+    poses = push_all(reconstructor, as_frames([*images, *images[::-1]]))
+    status = reconstructor.status()
+    assert status["keyframes"] > 10
+    return f"{digest(poses, reconstructor)} {status['loops']} loops, {status['map_corrections']} corrections"
+
+
+@pytest.mark.parametrize("refine", ["on", "off"])
+def test_another_process_gives_the_same_bit_for_bit(refine):
+    code = f"from test_stream_invariants import there_and_back; print(there_and_back({refine!r}))"
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}"}
+    command = [sys.executable, "-c", code]
+    other = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert other.stdout.strip() == there_and_back(refine)
+    assert not other.stdout.strip().endswith(" 0 loops, 0 corrections")
+
+
+def test_reset_gives_the_same_again(images, backbone):
+    reconstructor = Reconstructor(Config(), backbone)
+    frames = as_frames(images[:20])
+    first = digest(push_all(reconstructor, frames), reconstructor)
+    reconstructor.reset()
+    assert digest(push_all(reconstructor, frames), reconstructor) == first
