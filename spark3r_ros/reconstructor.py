@@ -55,6 +55,7 @@ from spark3r_ros.windows import DepthMap, Gate, Keyframe, Window, gate
 __all__ = ["FrameError", "MapFileError", "Reconstructor"]
 
 LAG_NS = 300_000_000  # how long the network may work beside the stream before a frame waits for it
+PIECE_NS = 100_000_000  # of a window's further way into the map, one piece is done per so much time between frames
 SIGHTED_SIGMA = 0.01  # rad and share of the scene's distance, of a pose from recognised corners
 PLACE_CONFIDENCE = 0.2  # of depths that places keep: outliers are found when places are matched
 
@@ -158,6 +159,7 @@ class Reconstructor:
         Raises:
             FrameError: the frame cannot be used; the stream goes on without it.
         """
+        interval_ns = frame.stamp_ns - self._last_stamp_ns
         seen = self._see(frame)
         if not self._num_windows and self._state is TrackingState.INITIALISING:
             return self._initialise(seen)
@@ -168,7 +170,7 @@ class Reconstructor:
         wanted = seen.gate is Gate.KEYFRAME and not just_lost and not self._is_cut_off(seen, estimate)
         keyframe = self._add_keyframe(seen, estimate.T_world_camera) if wanted else None
         self._record(seen, estimate, keyframe)
-        self._work(frame.stamp_ns)
+        self._work(frame.stamp_ns, interval_ns)
         return self._update([self._pose_of(seen, estimate)])
 
     def finish(self) -> Update:
@@ -403,8 +405,8 @@ class Reconstructor:
         """A full window, or, when a lost camera has been found, as little as will do."""
         return self._window.is_full or (self._recovering and self._window.can_start)
 
-    def _work(self, stamp_ns: int) -> None:
-        """Bring windows into the map.
+    def _work(self, stamp_ns: int, interval_ns: int) -> None:
+        """Bring windows into the map; ``interval_ns``: since the frame before.
 
         While the sparse map tracks, the network works beside the stream and no frame waits for more than one piece of
         the rest. Which frame does which piece is decided by stamps and keyframes, so results do not depend on how fast
@@ -413,10 +415,13 @@ class Reconstructor:
         if self._window_is_due:
             self._complete()
             self._begin_window(stamp_ns)
-            if self._refiner is None or self._recovering or self._state is TrackingState.LOST:
+            found = self._recovering or self._state is TrackingState.LOST
+            if self._refiner is None or found or interval_ns >= LAG_NS:  # slow cameras leave time for all of it
                 self._complete()
         elif self._job is not None and stamp_ns >= self._job.due_ns:
-            self._advance(self._job)
+            for _ in range(max(1, interval_ns // PIECE_NS)):
+                if self._job is not None:
+                    self._advance(self._job)
 
     def _solve_window(self) -> None:
         """The whole way of a window into the map, at once."""

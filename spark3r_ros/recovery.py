@@ -19,14 +19,17 @@ class Watch:
 
     def __init__(self, config: WindowConfig) -> None:
         self.config = config
-        self._good_ns: int | None = None  # last frame that was well tracked
+        self._has_tracked = False
+        self._bad_ns: int | None = None  # first of the frames without confidence; None: the last one was well tracked
         self._bad_windows = 0
 
     def frame(self, stamp_ns: int, confidence: float) -> bool:
         """Take note of a tracked frame; True: tracking is lost."""
-        if confidence >= self.config.lost_confidence or self._good_ns is None:
-            self._good_ns = stamp_ns
-        return stamp_ns - self._good_ns > 1e9 * self.config.lost_seconds
+        if confidence >= self.config.lost_confidence or not self._has_tracked:
+            self._has_tracked, self._bad_ns = True, None
+        elif self._bad_ns is None:
+            self._bad_ns = stamp_ns
+        return self._bad_ns is not None and stamp_ns - self._bad_ns > 1e9 * self.config.lost_seconds
 
     def window(self, accepted: bool) -> bool:
         """Take note of a solved window; True: tracking is lost."""
@@ -34,7 +37,7 @@ class Watch:
         return self._bad_windows >= BAD_WINDOWS
 
     def restart(self) -> None:
-        self._good_ns, self._bad_windows = None, 0
+        self._has_tracked, self._bad_ns, self._bad_windows = False, None, 0
 
 
 def find_again(query: Place, places: PlaceStore, near: int | None, config: LoopConfig) -> Sighting | None:
