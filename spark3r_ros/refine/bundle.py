@@ -3,7 +3,8 @@
 Own code instead of a kept solver because of what the stream needs at once: points as inverse depths (far points and
 rotation without parallax stay well conditioned) with a robust prior on each, a focal length and a readout that can be
 free, bits that repeat, and 8 keyframes with 600 points in about a quarter of the time that gtsam 4.3 takes from Python.
-Ceres through pycolmap is as fast, but knows neither priors of depth nor a shutter (``benchmarks/refine.py``).
+Ceres through pycolmap takes two thirds of ours, but knows neither priors of depth nor a shutter
+(``benchmarks/refine.py``).
 ``test_refine_bundle.py`` holds it against scipy's ``least_squares``.
 
 Legend: K cameras, P points, M observations. A point is (a, b, r): in the frame of its *anchor*, a camera pose that is
