@@ -8,7 +8,6 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 
 from spark3r_ros.frame import ScaleEstimate, TrackingState, WindowReport
@@ -78,8 +77,8 @@ class Statistics:
         """p50 and p95 from the image's arrival to its odometry, NaN before the first."""
         if not self._latencies:
             return math.nan, math.nan
-        p50, p95 = np.percentile(list(self._latencies), [50, 95])
-        return 1e3 * float(p50), 1e3 * float(p95)
+        ranked = sorted(self._latencies)  # nearest rank: numpy's percentile costs more than the rest of the message
+        return 1e3 * ranked[len(ranked) // 2], 1e3 * ranked[int(0.95 * len(ranked))]
 
     def rates_hz(self) -> tuple[float, float]:
         """Images in and poses out per second, over the last calls of this method."""

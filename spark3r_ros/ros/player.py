@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import signal
 import sys
 import time
 from collections import Counter
@@ -214,6 +215,7 @@ def main(args: list[str] | None = None) -> int:
     except (KeyboardInterrupt, ExternalShutdownException):
         return 0
     finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # launch passes a second Ctrl-C on
         node.destroy_node()
         rclpy.try_shutdown()
 

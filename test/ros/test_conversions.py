@@ -12,7 +12,7 @@ from tf2_msgs.msg import TFMessage
 
 from spark3r_ros import calibration, encodings, geometry
 from spark3r_ros.frame import CameraModel, PointBatch
-from spark3r_ros.ros import conversions, optional, placement, stamps
+from spark3r_ros.ros import conversions, diagnostics, optional, placement, stamps
 from spark3r_ros.ros.sync import History, interpolated_pose
 
 
@@ -260,3 +260,12 @@ def test_set_odometry_fills_every_number():
     np.testing.assert_array_equal(msg.pose.covariance, np.arange(36.0))
     assert (msg.twist.twist.linear.y, msg.twist.twist.angular.z) == (1.0, 5.0)
     assert msg.twist.covariance[35] == 4
+
+
+def test_latency_percentiles_are_by_nearest_rank():
+    stats = diagnostics.Statistics()
+    assert np.isnan(stats.latency_percentiles_ms()).all()
+    stats._latencies.extend(1e-3 * n for n in (5, 1, 4, 2, 3))
+    assert stats.latency_percentiles_ms() == pytest.approx((3, 5))
+    stats._latencies.extend(1e-3 * n for n in range(1, 301))
+    assert stats.latency_percentiles_ms() == pytest.approx((151, 286))

@@ -160,3 +160,29 @@ def test_watch_counts_windows_that_do_not_fit():
     assert not watch.window(True)
     assert not watch.window(False)
     assert watch.window(False)
+
+
+def test_a_loop_moves_keyframes_path_and_cloud_while_odometry_stays_smooth(stream):
+    rows = [*range(40), *range(38, -1, -1)]
+    there_and_back = at(stream, rows)
+    oracle = Blinking(there_and_back, pose_noise=0.01)
+    options = OPTIONS | {"loops.min_gap": 6, "context.enabled": False}
+    reconstructor = Reconstructor(with_values(Config(), options), oracle)
+    moved, odometry = 0, []
+    for frame in there_and_back.frames:
+        before = dict(reconstructor.keyframe_poses()), dict(reconstructor.trajectory()), reconstructor.map_points().xyz
+        corrections = reconstructor.status()["map_corrections"]
+        update = reconstructor.push(frame)
+        odometry += [p.T_odom_camera for p in update.poses]
+        if reconstructor.status()["map_corrections"] == corrections:
+            continue
+        assert update.map_changed
+        after = dict(reconstructor.keyframe_poses()), dict(reconstructor.trajectory()), reconstructor.map_points().xyz
+        for old, new in zip(before[:2], after[:2], strict=True):
+            moved += any(not np.allclose(new[s], T, atol=1e-4) for s, T in old.items())
+        moved += not np.allclose(after[2][: len(before[2])], before[2], atol=1e-4)
+    assert reconstructor.status()["loops"] > 0
+    assert moved >= 3
+    steps = np.linalg.norm(np.diff([T[:3, 3] for T in odometry], axis=0), axis=1)
+    truth = np.linalg.norm(np.diff(there_and_back.T_world_camera[:, :3, 3], axis=0), axis=1) * oracle.first_scale
+    assert np.all(np.abs(steps - truth) < 0.08)  # noise of two poses, and no step from any correction

@@ -8,6 +8,7 @@ from scipy.optimize import least_squares
 from sightings import K, ahead, perturbed, sideways, turning
 
 from spark3r_ros.geometry import inverse, project, rotation_angle, so3_exp, so3_log, transform
+from spark3r_ros.refine import bundle
 from spark3r_ros.refine.bundle import Problem, adjust, without
 
 FIXED_FOCAL = np.array([K[0, 0], K[1, 1]])
@@ -188,6 +189,27 @@ def test_a_free_focal_length_is_found():
     assert abs(error[0]) < 0.003
     assert 0.0 < solution.focal_sigma < 0.003
     assert abs(error[0]) < 4 * solution.focal_sigma
+
+
+def test_sigmas_of_camera_parameters_are_those_of_the_whole_normal_matrix():
+    """Also where scale is free and the matrix as good as singular."""
+    problem, _, _ = make_problem(num_points=60, held=1, prior_sigma=np.inf, focal_sigma=0.1, readout_sigma=0.02)
+    problem = replace(problem, shutter=np.random.default_rng(0).normal(0, 100, problem.uv.shape))
+    solution = adjust(problem, iterations=30)
+    frozen, state = bundle._freeze(
+        replace(problem, T_world_camera=solution.T_world_camera, xyz=solution.xyz, focal=solution.focal), 1.0
+    )
+    system = bundle._linearise(frozen, replace(state, readout=solution.readout))
+    size, num_points = len(system.g_c), len(solution.xyz)
+    whole = np.zeros((size + 3 * num_points,) * 2)
+    whole[:size, :size] = system.H_cc
+    whole[size:, :size] = system.H_pc.transpose(1, 0, 2).reshape(-1, size)
+    whole[:size, size:] = whole[size:, :size].T
+    for i in range(num_points):
+        block = slice(size + 3 * i, size + 3 * i + 3)
+        whole[block, block] = system.H_pp[i]
+    variance = np.diag(np.linalg.pinv(whole, hermitian=True, rcond=1e-13))[size - 2 : size]
+    np.testing.assert_allclose([solution.focal_sigma, solution.readout_sigma], np.sqrt(variance), rtol=0.02)
 
 
 def test_a_strong_prior_holds_the_focal_length():
