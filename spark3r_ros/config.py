@@ -199,7 +199,7 @@ class ScaleConfig(_Group):
 @dataclass(frozen=True)
 class MapConfig(_Group):
     _name = "map"
-    min_confidence: float = param(0.3, "points below are not trusted", ge=0.0, le=1.0, dynamic=True)
+    min_confidence: float = param(0.5, "points below are not trusted", ge=0.0, le=1.0, dynamic=True)
     max_depth_jump: float = param(0.08, "relative depth step between neighbours that marks an edge", ge=0.0, le=10.0)
     min_parallax: float = param(0.01, "least baseline over depth that a point needs", ge=0.0, le=1.0)
     voxel_size: float = param(0.01, "voxel edge as a share of the keyframe's median depth", ge=1e-5, le=1.0)

@@ -8,6 +8,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -166,3 +167,35 @@ def test_reset_gives_the_same_again(images, backbone):
     first = digest(push_all(reconstructor, frames), reconstructor)
     reconstructor.reset()
     assert digest(push_all(reconstructor, frames), reconstructor) == first
+
+
+class Slow:
+    """The backbone on a machine where it takes its time."""
+
+    def __init__(self, backbone, seconds: float) -> None:
+        self._backbone, self._seconds = backbone, seconds
+
+    def __getattr__(self, name: str):
+        return getattr(self._backbone, name)
+
+    def __call__(self, *args, **kwargs):
+        time.sleep(self._seconds)
+        return self._backbone(*args, **kwargs)
+
+
+def test_how_fast_the_network_is_changes_nothing(images, backbone):
+    """Windows are solved beside the stream; when they join the map is decided by stamps, not by the clock."""
+    config = with_values(Config(), {"window.keyframe_flow": 0.02, "refine.mode": "on"})
+    frames = as_frames(images)
+    results = []
+    for network in (backbone, Slow(backbone, 0.3)):
+        reconstructor = Reconstructor(config, network)
+        updates = [reconstructor.push(f) for f in frames]
+        last = reconstructor.finish()
+        windows = [i for i, u in enumerate(updates) if u.window is not None]
+        poses = np.stack([p.T_odom_camera for u in [*updates, last] for p in u.poses])
+        results.append((windows, poses, reconstructor.map_points().xyz))
+    assert len(results[0][0]) >= 3
+    assert results[0][0] == results[1][0]
+    assert np.array_equal(results[0][1], results[1][1])
+    assert np.array_equal(results[0][2], results[1][2])
