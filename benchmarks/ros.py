@@ -286,7 +286,17 @@ def measure_cloud(node: Any, repeats: int = 30) -> dict[str, float]:
 
 def soak(node: Any, minutes: float) -> dict[str, float]:
     """Thirty images a second for a long time."""
+    from diagnostic_msgs.msg import DiagnosticArray
+    from rclpy.qos import QoSProfile
+
     odometer = Odometer(node)
+    counters: dict[str, str] = {}  # of the node's last diagnostics: where images went that have no pose
+    node.create_subscription(
+        DiagnosticArray,
+        "/diagnostics",
+        lambda msg: counters.update((pair.key, pair.value) for pair in msg.status[0].values),
+        QoSProfile(depth=10),
+    )
     count = int(60 * minutes * RATE_HZ)
     tested = Process("node")
     memory: list[float] = []
@@ -298,7 +308,7 @@ def soak(node: Any, minutes: float) -> dict[str, float]:
         finally:
             source.close()
         deadline = time.monotonic() + 5
-        odometer.spin_while(lambda: odometer.count < count and time.monotonic() < deadline)
+        odometer.spin_while(lambda: time.monotonic() < deadline)
         cpu_s = tested.cpu_s()
     finally:
         tested.close()
@@ -308,6 +318,10 @@ def soak(node: Any, minutes: float) -> dict[str, float]:
         "soak_minutes": minutes,
         "soak_images": count,
         "soak_poses": odometer.count,
+        "soak_node_images": int(counters["images"]),
+        "soak_node_poses": int(counters["poses"]),
+        "soak_node_dropped": int(counters["dropped"]),
+        "soak_lost_by_middleware": int(counters["lost_by_middleware"]),
         "soak_memory_mb_first": float(settled[:30].mean()),
         "soak_memory_mb_last": float(settled[-30:].mean()),
         "soak_memory_mb_per_hour": float(np.polyfit(hours, settled, 1)[0]),
