@@ -51,7 +51,7 @@ from spark3r_ros.config import ReductionConfig
 from spark3r_ros.reduction import ForwardReduction, TokenLayout, forward, sensitive_layers
 from spark3r_ros.reduction.plan import query_groups
 
-FLOPS_PER_SECOND = 50e9  # one core of an ordinary machine; only decides what is composed
+FLOPS_PER_SECOND = 75e9  # one core of an ordinary machine; only decides what is composed
 REDUCTIONS = {"spark3r": ReductionConfig(), "spark3r shared": ReductionConfig(matching_interval=4)}
 METHODS = ("dense", *REDUCTIONS, *BASELINES)
 
