@@ -138,7 +138,7 @@ def test_known_intrinsics_are_used_from_the_first_pass():
 
 @pytest.mark.parametrize("windows", [1, 3])
 def test_unknown_intrinsics_are_estimated_over_the_first_windows_then_locked(windows):
-    stream = orbit(60, loops=0.25, camera=False)
+    stream = orbit(90, loops=0.375, camera=False)
     oracle = Guessing(stream)
     reconstructor = run(stream, oracle, **{"window.intrinsics_windows": windows})
     locked = [t for t in oracle.told if t is not None]

@@ -150,8 +150,10 @@ def test_watch_waits_before_it_calls_tracking_lost():
     watch = Watch(WindowConfig())
     assert not watch.frame(0, 0.9)
     assert not watch.frame(4 * 10**8, 0.0)
-    assert watch.frame(6 * 10**8, 0.0)
-    assert not watch.frame(7 * 10**8, 0.9)
+    assert not watch.frame(8 * 10**8, 0.0)
+    assert watch.frame(10 * 10**8, 0.0)
+    assert not watch.frame(11 * 10**8, 0.9)
+    assert not watch.frame(99 * 10**8, 0.0)  # a slow camera: one bad frame is not a while
 
 
 def test_watch_counts_windows_that_do_not_fit():
