@@ -115,6 +115,8 @@ class Reconstructor:
         if backbone is None:
             backbone = load_backbone(config.model.name, config.model.checkpoint or None, self._device)
         self._backbone = backbone
+        # dense flow depends on the stripes that OpenCV cuts an image into, and these on how many threads are free
+        cv2.setNumThreads(1)
         self._beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="window")
         self.reset()
 
