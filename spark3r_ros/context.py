@@ -48,7 +48,7 @@ class _Layer:
     def clear(self) -> None:
         self.ids: list[int] = []  # frame id of each page
         self.ring_count = 0  # special entries ever pushed
-        self.pending: tuple[int, ...] = ()  # positions in the running pass of the whole frames appended
+        self.pending: Sequence[int] | Tensor = ()  # positions in the running pass of the whole frames appended
 
     @property
     def start(self) -> int:
@@ -149,14 +149,14 @@ class KVContext:
             layer.pending = ()
         self._camera_start = -1
 
-    def append(self, layer: int, k: Tensor, v: Tensor, frames: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def append(self, layer: int, k: Tensor, v: Tensor, frames: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """Make this pass's keys visible at one layer.
 
         Args:
             layer: global layer index.
             k, v: [1, H, M, D], the first ``len(frames) * tokens`` are whole frames, the rest extra special tokens that
                 are visible in this pass only.
-            frames: positions in the pass of those whole frames.
+            frames: positions in the pass of those whole frames; a tensor is read back by ``commit``.
 
         Returns:
             Keys and values [1, H, C + M, D] over context and pass: views of the buffer, valid until the next append.
@@ -198,6 +198,8 @@ class KVContext:
             Ids of the frames that the context now holds.
         """
         wanted = {position: ident for position, ident in zip(frames, ids) if ident not in self._reference}
+        for layer in self._layers:
+            layer.pending = torch.as_tensor(layer.pending).tolist()
         key_layer = self._layers[self._key_layer]
         free = iter(sorted(set(range(len(self._mean_keys))) - set(self._mean_row.values())))
         for index, position in enumerate(key_layer.pending):

@@ -340,16 +340,17 @@ def _anchor(context: KVContext, T_before_frame: Tensor, grey: Tensor, grey_befor
     known = context.append_camera(_to_token(T_first_frame, own, width, context._like.dtype))[0]
     count = len(known) - len(grey)
     T_known, seen = _from_token(known[:count])
-    T_world_first = T_first_frame.new_tensor(torch.eye(4).tolist())
+    T_world_first = torch.eye(4, dtype=T_first_frame.dtype, device=T_first_frame.device)
     if count:
-        candidates = torch.cat([_fingerprint(grey_before[:1]), own])  # [1 + S, 192]
-        difference = (candidates[:, None] - seen[None]).abs().mean(dim=-1)  # [1 + S, F]
-        T_first_candidate = torch.cat([inverse_T(T_before_frame[0, :1]), T_first_frame])
-        closest, which = difference.min(dim=1)
-        hits = torch.nonzero(closest < 0.5).flatten().tolist()
-        index = next((i for i in hits if i > 0), hits[0] if hits else 0)
-        source = int(which[index]) if hits else count - 1
-        T_world_first = T_known[source] @ inverse_T(T_first_candidate[index])
+        candidates = torch.cat([own, _fingerprint(grey_before[:1])])  # [S + 1, 192] in order of preference
+        difference = (candidates[:, None] - seen[None]).abs().mean(dim=-1)  # [S + 1, F]
+        closest, source = difference.min(dim=1)
+        T_first_before = inverse_T(T_before_frame[0, :1])
+        T_first_candidate = torch.cat([T_first_frame, T_first_before, T_first_before])  # [S + 2] with the last resort
+        is_known = F.pad(closest < 0.5, (0, 1), value=True)
+        source = F.pad(source, (0, 1), value=count - 1)
+        first = is_known.byte().argmax(dim=0, keepdim=True)  # [1], never read back
+        T_world_first = T_known[source[first]] @ inverse_T(T_first_candidate[first])
     T_world_camera = T_world_first @ T_first_frame
     token = _to_token(T_world_camera, own, width, context._like.dtype)
     known[count:] = token.to(known.dtype)

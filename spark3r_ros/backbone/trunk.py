@@ -200,10 +200,9 @@ class _Run:
         if options.reduction is not None and options.reduction.enabled:
             from spark3r_ros.reduction import ForwardReduction, TokenLayout
 
-            layout = TokenLayout(
-                num_frames, num_tokens, spec.num_special, reference=None if reference is None else int(reference)
-            )
-            reduction = ForwardReduction(options.reduction, layout, spec.num_global, options.sensitive, x.device)
+            layout = TokenLayout(num_frames, num_tokens, spec.num_special, reference=None if reference is None else 0)
+            start = reference if isinstance(reference, Tensor) else None
+            reduction = ForwardReduction(options.reduction, layout, spec.num_global, options.sensitive, x.device, start)
         rope = None if rope is None else rope.repeat(num_frames)
         mask = None if options.window_ids is None else block_causal(options.window_ids, num_tokens)
         self.full = GlobalPass(num_frames, rope, reduction, options.context, mask)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -66,7 +66,7 @@ class KeyPlan:
     """The tokens whose keys and values are projected and kept."""
 
     index: Tensor  # [1, M] token indices: whole frames ascending, then special tokens of dropped frames
-    frames: tuple[int, ...]  # stored positions of the whole frames, ascending
+    frames: Sequence[int] | Tensor  # stored positions of the whole frames, ascending; a tensor: on the device only
     bias: Tensor | None = None  # [M] added to the logits; None: nothing to add
 
 
@@ -222,47 +222,66 @@ def strided_frames(layout: TokenLayout, factor: int) -> tuple[int, ...]:
     return tuple(sorted(kept))
 
 
-def farthest_frames(x: Tensor, layout: TokenLayout, count: int) -> list[int]:
-    """The ``count`` frames that cover ``x`` [1, N, C] best, in the order chosen; any prefix covers well too.
+def farthest_frames(x: Tensor, layout: TokenLayout, count: int, start: Tensor | None = None) -> Tensor:
+    """The ``count`` frames [count] that cover ``x`` [1, N, C] best, in the order chosen; any prefix covers well too.
 
-    Farthest-point sampling from the reference (or the first) frame on the cosine distance of mean patch tokens (the
-    covering rule of arXiv 2605.23892). Reads the result back once: one host sync.
+    Farthest-point sampling on the cosine distance of mean patch tokens (the covering rule of arXiv 2605.23892), from
+    frame ``start`` [] on; None: from the reference, or the first frame. The result stays on the device.
     """
     if x.shape[0] != 1:
         raise ValueError(f"reduction.kv_selection 'coverage' takes one sequence at a time, got a batch of {x.shape[0]}")
     tokens = x[0].unflatten(0, (layout.num_frames, layout.tokens_per_frame))[:, layout.num_special :]
     descriptor = torch.nn.functional.normalize(tokens.float().mean(dim=1), dim=-1)  # [S, C]
-    first = layout.temporal_positions()[0] if layout.reference is None else layout.reference
-    chosen = torch.full((count,), first, device=x.device)
-    nearest = descriptor @ descriptor[first]  # [S] similarity to the nearest chosen frame
-    nearest[first] = math.inf
-    for i in range(1, count):
-        farthest = nearest.argmin()
-        chosen[i] = farthest
-        nearest = torch.maximum(nearest, descriptor @ descriptor[farthest])
-        nearest.scatter_(0, farthest[None], math.inf)  # never chosen twice, even among equal frames
-    return chosen.tolist()
+    if start is None:
+        first = layout.temporal_positions()[0] if layout.reference is None else layout.reference
+        start = torch.tensor(first, device=x.device)
+    chosen = [start[None]]  # each [1]: an index without a dimension would be read back
+    nearest = torch.full((layout.num_frames,), -math.inf, device=x.device)  # [S] similarity to the nearest chosen frame
+    for _ in range(1, count):
+        nearest = torch.maximum(nearest, descriptor @ descriptor.index_select(0, chosen[-1])[0])
+        nearest.scatter_(0, chosen[-1], math.inf)  # never chosen twice, even among equal frames
+        chosen.append(nearest.argmin(dim=0, keepdim=True))
+    return torch.cat(chosen)
 
 
 def plan_keys(
-    layout: TokenLayout, frames: tuple[int, ...], keep_special: bool, device: torch.device | str = "cpu"
+    layout: TokenLayout, frames: Sequence[int] | Tensor, keep_special: bool, device: torch.device | str = "cpu"
 ) -> KeyPlan:
     """Keep the keys of ``frames`` (stored positions, ascending) and, if wanted, the special tokens of all others.
 
     With ``keep_special`` every special token stays while each kept patch stands for S / len(frames) patches, so special
     tokens get the logit bias -log(S / len(frames)): on inputs whose frames repeat this equals dense attention.
     """
-    index = _frame_tokens(layout, frames, range(layout.tokens_per_frame))
+    kept = torch.as_tensor(frames, device=device)  # [K]
+    index = _frame_tokens(layout, kept, layout.tokens_per_frame)
     if not keep_special or layout.num_special == 0:
-        return KeyPlan(index[None].to(device), frames)
-    dropped = sorted(set(range(layout.num_frames)) - set(frames))
-    index = torch.cat([index, _frame_tokens(layout, dropped, range(layout.num_special))])
-    bias = torch.zeros(len(index))
-    bias[index % layout.tokens_per_frame < layout.num_special] = -math.log(layout.num_frames / len(frames))
-    return KeyPlan(index[None].to(device), frames, bias.to(device))
+        return KeyPlan(index[None], frames)
+    is_kept = torch.zeros(layout.num_frames, dtype=torch.int8, device=device).index_fill_(0, kept, 1)
+    dropped = is_kept.argsort(stable=True)[: layout.num_frames - len(kept)]
+    index = torch.cat([index, _frame_tokens(layout, dropped, layout.num_special)])
+    is_special = index % layout.tokens_per_frame < layout.num_special
+    bias = torch.where(is_special, -math.log(layout.num_frames / len(kept)), 0.0)
+    return KeyPlan(index[None], frames, bias)
 
 
-def _frame_tokens(layout: TokenLayout, frames: Sequence[int], places: range) -> Tensor:
-    """Indices [len(frames) * len(places)] of the tokens at ``places`` of each of ``frames``."""
-    first = torch.tensor(frames, dtype=torch.long)[:, None] * layout.tokens_per_frame
-    return (first + torch.arange(places.start, places.stop)).flatten()
+def _frame_tokens(layout: TokenLayout, frames: Tensor, count: int) -> Tensor:
+    """Indices [F * count] of the first ``count`` tokens of each of ``frames`` [F]."""
+    return (frames[:, None] * layout.tokens_per_frame + torch.arange(count, device=frames.device)).flatten()
+
+
+def turn_keys(plan: KeyPlan, layout: TokenLayout, start: Tensor) -> KeyPlan:
+    """The plan for frames whose time is counted from frame ``start`` [] on, the last joined to the first.
+
+    So a reference frame that only the device knows takes the place of frame 0, and every shape is known beforehand.
+    """
+    index = (plan.index + start * layout.tokens_per_frame) % layout.num_tokens
+    frames = torch.as_tensor(plan.frames, device=start.device)
+    return replace(plan, index=index, frames=(frames + start) % layout.num_frames)
+
+
+def turn_groups(groups: QueryGroups, layout: TokenLayout, start: Tensor) -> QueryGroups:
+    """The same for the groups of queries."""
+    shift, n = start * layout.tokens_per_frame, layout.num_tokens
+    own_row = groups.own_row[(torch.arange(n, device=start.device) - shift) % n]
+    batches = tuple(GroupBatch((b.source + shift) % n, (b.destination + shift) % n, b.rows) for b in groups.batches)
+    return QueryGroups(groups.num_rows, own_row, batches)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import nullcontext
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
@@ -151,11 +152,17 @@ def test_nothing_waits_for_the_device(family, monkeypatch):
         model._mean, model._std = model._mean.to("meta"), model._std.to("meta")
         frames = torch.zeros(1, 4, 3, 3 * spec.trunk.patch, 4 * spec.trunk.patch)
     context = Backbone(model, "meta").new_context(ContextConfig(), *frames.shape[-2:])
-    thinned = ReductionConfig(kv_factor=2, query_factor=2)
+    strided = ReductionConfig(kv_factor=2, query_factor=2)
+    covering = replace(strided, kv_selection="coverage", matching="k", keep_special_kv=True)
     with torch.inference_mode():
-        for options in (PassOptions(), PassOptions(context=context), PassOptions(context=context, reduction=thinned)):
+        for reduction, with_context in itertools.product((None, strided, covering), (False, True)):
             context.begin(4)
+            options = PassOptions(reduction=reduction, context=context if with_context else None)
             assert model(frames, options).depth.shape == (1, 4, *frames.shape[-2:])
+            if with_context and reduction is None:
+                context.commit(range(4), range(4))  # from here on windows are later ones
+        with pytest.raises((RuntimeError, NotImplementedError)):  # the check itself works
+            frames.amax().item()
 
 
 def test_half_precision_path(model, frames, monkeypatch):

@@ -1,5 +1,8 @@
 """nano: its motion solver finds known motion, partners follow the rules, contexts carry the gauge."""
 
+import itertools
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,8 @@ import torch
 from spark3r_ros.backbone import Backbone
 from spark3r_ros.backbone.motion import CHANNELS, motion_channels, partners
 from spark3r_ros.backbone.motion_solver import so3_exp, solve_from_directions, solve_motion
-from spark3r_ros.backbone.nano import Nano, chain
+from spark3r_ros.backbone.nano import MOTION_WIDTH, Nano, chain
+from spark3r_ros.backbone.trunk import PassOptions
 from spark3r_ros.config import ContextConfig, ReductionConfig
 from training.paths import camera_path
 from training.scenes import Scene, camera_matrix
@@ -156,3 +160,22 @@ def test_reduction_runs(backbone, clip):
     dense = backbone(images, intrinsics=K.float())
     assert reduced.depth.shape == dense.depth.shape
     assert not torch.equal(reduced.depth, dense.depth)
+
+
+def test_nothing_waits_for_the_device(monkeypatch):
+    """On the meta device every read-back of a value is an error; flow is made on the host, before the network."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none for this device
+    height, width = 144, 192
+    with torch.device("meta"):
+        model = Nano().eval()
+        model._mean, model._std = model._mean.to("meta"), model._std.to("meta")
+        frames, motion = torch.zeros(1, 4, 3, height, width), torch.zeros(1, 4, MOTION_WIDTH, height // 4, width // 4)
+    context = Backbone(model, "meta").new_context(ContextConfig(), height, width)
+    thinned = ReductionConfig(kv_factor=2, query_factor=2)
+    with torch.inference_mode():
+        for reduction, with_context in itertools.product((None, thinned), (False, True)):
+            context.begin(4)
+            options = PassOptions(reduction=reduction, context=context if with_context else None)
+            assert model(frames, options, motion=motion).depth.shape == (1, 4, height, width)
+            if with_context and reduction is None:
+                context.commit(range(4), range(4))
