@@ -29,7 +29,7 @@ class ContextSpec:
     num_heads: int
     head_dim: int
     num_special: int
-    sensitive: frozenset[int] = frozenset()  # layers that keep every page; empty: all do
+    sensitive: frozenset[int]  # layers that keep every page, as `reduction.sensitive_layers` means it; others a share
     camera_shape: tuple[int, int] = (0, 0)  # tokens and channels per frame of a camera head that mixes frames
     num_reference: int = 1  # how many of the first keyframes fix the gauge
 
@@ -268,16 +268,15 @@ class KVContext:
 
     def _num_pages(self, layer: int, frames: int) -> int:
         """Pages of one layer when the fullest layers hold ``frames``; insensitive layers hold a share of them."""
-        sensitive = not self.spec.sensitive or layer in self.spec.sensitive
-        return frames if sensitive else max(self.spec.num_reference + 1, -(-frames // self.config.insensitive_divisor))
+        share = max(self.spec.num_reference + 1, -(-frames // self.config.insensitive_divisor))
+        return frames if layer in self.spec.sensitive else share
 
     @property
     def _key_layer(self) -> int:
-        """The layer that stands for the whole: the middle one of those that keep every page."""
-        all_layers = range(len(self.spec.layer_tokens))
-        fullest = [i for i in all_layers if not self.spec.sensitive or i in self.spec.sensitive]
-        full_tokens = max(self.spec.layer_tokens[i] for i in fullest)
-        fullest = [i for i in fullest if self.spec.layer_tokens[i] == full_tokens]
+        """The layer that stands for the whole: the middle one with patches of those that keep every page, if any do."""
+        tokens = self.spec.layer_tokens
+        whole = [i for i, count in enumerate(tokens) if count == max(tokens)]
+        fullest = [i for i in whole if i in self.spec.sensitive] or whole
         return fullest[len(fullest) // 2]
 
     def _bytes_for(self, frames: int, window: int) -> int:

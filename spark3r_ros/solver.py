@@ -46,7 +46,7 @@ class Solver:
         height, width = valid.shape
         self.context: KVContext | None = None
         if config.context.enabled:
-            self.context = backbone.new_context(config.context, height, width)
+            self.context = backbone.new_context(config.context, height, width, config.reduction)
             self.context.reserve(config.window.size)
         self.K: np.ndarray | None = None
         self._guesses: list[np.ndarray] = []

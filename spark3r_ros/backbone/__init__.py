@@ -37,16 +37,23 @@ class Backbone:
         """The way from a camera image of this size to the network's, and back."""
         return self.spec.resize.plan(height, width)
 
-    def new_context(self, config: ContextConfig, height: int, width: int) -> KVContext:
-        """An empty context for images of this network size; ValueError for a model whose frames never meet."""
+    def new_context(
+        self, config: ContextConfig, height: int, width: int, reduction: ReductionConfig | None = None
+    ) -> KVContext:
+        """An empty context for images of this network size; ``reduction`` says which layers are sensitive.
+
+        Raises:
+            ValueError: a model whose frames never meet; sensitive layers that it does not have.
+        """
         if not self.spec.trunk.num_global:
             raise ValueError(f"{self.spec.name} has no attention across frames: it takes no context")
-        return KVContext(self._context_spec(height, width), config, self.device, self._dtype)
+        spec = self._context_spec(height, width, self._sensitive(reduction or ReductionConfig()))
+        return KVContext(spec, config, self.device, self._dtype)
 
-    def _context_spec(self, height: int, width: int) -> ContextSpec:
+    def _context_spec(self, height: int, width: int, sensitive: frozenset[int]) -> ContextSpec:
         patch = self.spec.trunk.patch
         num_patches = (height // patch) * (width // patch)
-        return self.spec.trunk.context_spec(num_patches, self._sensitive(ReductionConfig()), self.spec.camera_tokens)
+        return self.spec.trunk.context_spec(num_patches, sensitive, self.spec.camera_tokens)
 
     def _sensitive(self, config: ReductionConfig) -> frozenset[int]:
         return sensitive_layers(config, self.spec.name, self.spec.trunk.num_global, self.spec.sensitive)
@@ -86,7 +93,7 @@ class Backbone:
         motion = self.model.motion(images, previous)
         known = None if intrinsics is None else intrinsics.to(self.device, torch.float32).expand(1, len(images), 3, 3)
         height, width = images.shape[-2:]
-        if context is not None and context.spec.layer_tokens != self._context_spec(height, width).layer_tokens:
+        if context is not None and context.spec != self._context_spec(height, width, context.spec.sensitive):
             raise ValueError(f"the context is not one of {self.spec.name} at {width}x{height}: make a new one")
         first = context is None or context.is_empty
         if context is not None:

@@ -15,6 +15,7 @@ from spark3r_ros.backbone.registry import MODELS
 from spark3r_ros.backbone.trunk import PassOptions
 from spark3r_ros.config import ContextConfig, ReductionConfig
 from spark3r_ros.frame import Gauge
+from spark3r_ros.reduction import FactorFile, save_factor_file
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES)
 
@@ -79,6 +80,28 @@ def test_a_context_of_another_size_is_refused(model, frames):
     context = backbone.new_context(ContextConfig(), 2 * patch, 2 * patch)
     with pytest.raises(ValueError, match=f"at {4 * patch}x{3 * patch}: make a new one"):
         backbone(frames, context=context)
+
+
+def test_the_context_keeps_what_the_parameters_call_sensitive(model, frames, tmp_path):
+    """One set of sensitive layers for reduction and context; a context of any such set fits the model."""
+    backbone, size = Backbone(model), frames.shape[-2:]
+    num_layers, config = model.spec.trunk.num_global, ContextConfig(frames=12)
+    path = tmp_path / "factors.json"
+    save_factor_file(path, FactorFile(model.spec.name, num_layers, (1,)))
+    for reduction, sensitive in (
+        (ReductionConfig(sensitive_layers="0"), {0}),
+        (ReductionConfig(factor_file=str(path)), {1}),
+        (ReductionConfig(sensitive_layers="none"), set()),
+    ):
+        context = backbone.new_context(config, *size, reduction)
+        assert context.spec.sensitive == sensitive == backbone._sensitive(reduction)
+        backbone(frames[:2], context=context, reduction=reduction)
+        pages = [layer.page_capacity for layer in context._layers]
+        assert pages == [
+            12 if layer in sensitive else 5 if model.spec.name == "pi3" else 4 for layer in range(num_layers)
+        ]
+    with pytest.raises(ValueError, match=f"global layer {num_layers} is unknown, allowed are 0 to {num_layers - 1}"):
+        backbone.new_context(config, *size, ReductionConfig(sensitive_layers=str(num_layers)))
 
 
 def test_any_floating_point_type_will_do(model, frames):

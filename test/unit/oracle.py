@@ -110,7 +110,7 @@ class Oracle:
     def resize(self, height: int, width: int) -> Resize:
         return Resize((0, 0, height, width), (height, width))
 
-    def new_context(self, config, height: int, width: int) -> OracleContext:
+    def new_context(self, config, height: int, width: int, reduction) -> OracleContext:
         return OracleContext()
 
     def __call__(self, images, *, context=None, reduction=None, previous=None, intrinsics=None) -> Prediction:

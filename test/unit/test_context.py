@@ -11,7 +11,7 @@ from spark3r_ros.context import ContextSpec, KVContext
 HEADS, DIM, TOKENS, SPECIAL = 2, 4, 5, 2
 
 
-def make(frames=6, layers=2, sensitive=frozenset(), special_frames=3, divisor=3, budget=64.0, **spec) -> KVContext:
+def make(frames=6, layers=2, sensitive=frozenset(range(9)), special_frames=3, divisor=3, budget=64.0, **spec):
     config = ContextConfig(frames=frames, special_frames=special_frames, insensitive_divisor=divisor, budget_mb=budget)
     layer_tokens = spec.pop("layer_tokens", (TOKENS,) * layers)
     context_spec = ContextSpec(layer_tokens, HEADS, DIM, SPECIAL, sensitive, **spec)
@@ -121,6 +121,24 @@ def test_insensitive_layers_hold_a_share():
     assert [len(ids_seen(keys)) for keys in visible] == [4, 10, 4]
 
 
+def test_no_sensitive_layer_means_none_and_not_all():
+    context = make(frames=9, layers=2, sensitive=frozenset(), special_frames=0)
+    for ident in range(12):
+        run_pass(context, [ident])
+        context.commit([0], [ident])
+    assert [len(ids_seen(keys)) for keys in run_pass(context, [99])] == [4, 4]
+    assert context.num_frames == 3
+
+
+def test_a_sensitive_layer_without_patches_does_not_rank_frames():
+    context = make(frames=9, layer_tokens=(SPECIAL, TOKENS), sensitive=frozenset({0}), special_frames=0)
+    for ident in range(12):
+        run_pass(context, [ident])
+        context.commit([0], [ident])
+    assert torch.isfinite(context._mean_keys).all()
+    assert [len(ids_seen(k, n)) for k, n in zip(run_pass(context, [99]), (SPECIAL, TOKENS))] == [10, 4]
+
+
 def test_frames_pruned_at_a_layer_have_no_page_there():
     context = make(layers=2, sensitive=frozenset({0}), divisor=1)
     run_pass(context, [0, 1, 2, 3], kept={1: (0, 3)})
@@ -154,7 +172,7 @@ def test_camera_tokens_follow_their_frames():
 def test_the_budget_is_never_exceeded(frames, budget, passes, sensitive, reserved):
     config = ContextConfig(frames=frames, budget_mb=1.0, special_frames=3)
     object.__setattr__(config, "budget_mb", budget)  # below the range that users may set
-    spec = ContextSpec((TOKENS,) * 3, HEADS, DIM, SPECIAL, frozenset({1}) if sensitive else frozenset())
+    spec = ContextSpec((TOKENS,) * 3, HEADS, DIM, SPECIAL, frozenset({1}) if sensitive else frozenset(range(3)))
     context = KVContext(spec, config, "cpu", torch.float32)
     ident = 0
     for count in passes:

@@ -12,7 +12,8 @@ from spark3r_ros.backbone.motion import CHANNELS, motion_channels, partners
 from spark3r_ros.backbone.motion_solver import so3_exp, solve_from_directions, solve_motion
 from spark3r_ros.backbone.nano import MOTION_WIDTH, Nano, chain
 from spark3r_ros.backbone.trunk import PassOptions
-from spark3r_ros.config import ContextConfig, ReductionConfig
+from spark3r_ros.config import Config, ContextConfig, ReductionConfig, with_values
+from spark3r_ros.solver import Solver
 from training.paths import camera_path
 from training.scenes import Scene, camera_matrix
 from training.textures import texture_bank
@@ -179,3 +180,11 @@ def test_nothing_waits_for_the_device(monkeypatch):
             assert model(frames, options, motion=motion).depth.shape == (1, 4, height, width)
             if with_context and reduction is None:
                 context.commit(range(4), range(4))
+
+
+def test_the_users_sensitive_layers_reach_the_context(backbone):
+    for layers, expected in (("", {0, 1, 2}), ("1", {1}), ("none", set())):
+        config = with_values(Config(), {"reduction.sensitive_layers": layers})
+        context = Solver(config, backbone, torch.device("cpu"), np.ones(SIZE, bool)).context
+        assert context.spec.sensitive == expected
+        assert [layer.page_capacity for layer in context._layers] == [40 if i in expected else 14 for i in range(3)]
