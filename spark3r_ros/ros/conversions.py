@@ -77,7 +77,7 @@ def set_pose(pose: Pose, T: np.ndarray) -> None:
 
 
 def _set_quaternion(q: Quaternion, T: np.ndarray) -> None:
-    q.x, q.y, q.z, q.w = optional.quat_xyzw_from_matrix(T[:3, :3]).tolist()
+    q.x, q.y, q.z, q.w = optional.quat_xyzw_from_matrix(T[:3, :3])
 
 
 def set_odometry(
@@ -147,7 +147,7 @@ class TransformWriter:
         """``transforms``: (stamp_ns, T_parent_child) of each link."""
         for (stamp, numbers), (stamp_ns, T) in zip(self._places, transforms):
             struct.pack_into("=iI", self._data, stamp, *divmod(stamp_ns, stamps.NS_PER_S))
-            quat_xyzw = optional.quat_xyzw_from_matrix(T[:3, :3]).tolist()
+            quat_xyzw = optional.quat_xyzw_from_matrix(T[:3, :3])
             struct.pack_into("=7d", self._data, numbers, *T[:3, 3].tolist(), *quat_xyzw)
         return bytes(self._data)
 

@@ -43,16 +43,20 @@ def decode_with_cv_bridge(msg: Image) -> np.ndarray | None:
         return None
 
 
-def quat_xyzw_from_matrix(R: np.ndarray) -> np.ndarray:
-    """[3, 3] to a unit quaternion [4]."""
+Quaternion = tuple[float, float, float, float]  # x y z w
+
+
+def quat_xyzw_from_matrix(R: np.ndarray) -> Quaternion:
+    """[3, 3] to a unit quaternion."""
     if tf_transformations is None:
         return quaternion(R)
     T = np.eye(4)
     T[:3, :3] = R
-    return np.asarray(tf_transformations.quaternion_from_matrix(T))
+    x, y, z, w = tf_transformations.quaternion_from_matrix(T)
+    return float(x), float(y), float(z), float(w)
 
 
-def quaternion(R: np.ndarray) -> np.ndarray:
+def quaternion(R: np.ndarray) -> Quaternion:
     """As geometry.quat_xyzw_from_matrix for a single matrix, in plain floats: a hundred times faster per message."""
     (a, b, c), (d, e, f), (g, h, i) = R.tolist()
     if a + e + i > 0:
@@ -64,7 +68,7 @@ def quaternion(R: np.ndarray) -> np.ndarray:
     else:
         x, y, z, w = c + g, f + h, 1 + i - a - e, d - b
     norm = math.sqrt(x * x + y * y + z * z + w * w)
-    return np.array((x / norm, y / norm, z / norm, w / norm))
+    return x / norm, y / norm, z / norm, w / norm
 
 
 def matrix_from_quat_xyzw(quat_xyzw: np.ndarray) -> np.ndarray:

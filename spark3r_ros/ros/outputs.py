@@ -26,7 +26,7 @@ from spark3r_ros.frame import DepthImage, FramePose, PointBatch, TrackingState, 
 from spark3r_ros.ros import conversions, interface, qos, stamps
 from spark3r_ros.ros.diagnostics import Statistics
 from spark3r_ros.ros.inputs import Companions
-from spark3r_ros.ros.placement import UNKNOWN, Placement, TwistEstimator, covariance_in_parent
+from spark3r_ros.ros.placement import UNKNOWN, Placement, TwistEstimator, adjoint, covariance_in_parent
 from spark3r_ros.ros.tf import TransformError, Transforms
 from spark3r_ros.ros.tf_output import TransformOutput
 
@@ -70,8 +70,7 @@ class Outputs:
         self._pending: list[Update] = []
         self._pending_since = 0.0
         self._twist = TwistEstimator()
-        self._T_camera_body = np.eye(4)
-        self._T_body_camera = np.eye(4)
+        self._set_mount(np.eye(4))
         self._mount_is_static = False
         self.tf.restart()
         self._changed_since = {"~/path": True, "~/keyframes": True, "~/map": True}
@@ -141,7 +140,7 @@ class Outputs:
         is_lost = pose.state is TrackingState.LOST
         in_map = self.config.tf_mode in ("map_to_odom", "map_to_camera")
         T_parent_body = T_map_body if in_map else T_odom_body
-        covariance = covariance_in_parent(pose.covariance, self._T_body_camera, T_parent_body)
+        covariance = covariance_in_parent(pose.covariance, self._adjoint_body_camera, T_parent_body)
         twist, twist_covariance = self._twist.update(pose.stamp_ns, T_odom_body, covariance)
         if is_lost:
             covariance = twist_covariance = UNKNOWN
@@ -175,8 +174,11 @@ class Outputs:
         if place.body == place.camera or self._mount_is_static:
             return
         with contextlib.suppress(TransformError):
-            self._T_body_camera = self._transforms.lookup(place.body, place.camera, stamp_ns)
-            self._T_camera_body = geometry.inverse(self._T_body_camera)
+            self._set_mount(self._transforms.lookup(place.body, place.camera, stamp_ns))
+
+    def _set_mount(self, T_body_camera: np.ndarray) -> None:
+        self._T_camera_body = geometry.inverse(T_body_camera)
+        self._adjoint_body_camera = adjoint(T_body_camera)
 
     # ---- the place of the reconstruction ---------------------------------------------------------------------------
 
@@ -201,7 +203,7 @@ class Outputs:
             np.eye(4) if T_map_base is None else T_map_base, self._known_T_map_world,
         )  # fmt: skip
         if T_base_camera is not None and base:
-            self._T_body_camera, self._T_camera_body = T_base_camera, geometry.inverse(T_base_camera)
+            self._set_mount(T_base_camera)
             self._mount_is_static = self._transforms.is_static(base, camera)
         if config.tf_mode == "map_to_odom" and not self.problem and self._known_T_map_world is None:
             self.tf.set_map_to_odom(np.eye(4), pose.stamp_ns)

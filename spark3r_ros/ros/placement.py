@@ -63,19 +63,24 @@ class Placement:
         return self.T_map_world @ T_world_start @ self.T_start_odom
 
 
-def covariance_in_parent(covariance: np.ndarray, T_body_camera: np.ndarray, T_parent_body: np.ndarray) -> np.ndarray:
+def adjoint(T: np.ndarray) -> np.ndarray:
+    """[6, 6]: a small motion (dt, dw) in the axes of T_a_b's b as the motion of a that is rigidly attached, in a's."""
+    x, y, z = T[:3, 3].tolist()
+    out = np.zeros((6, 6))
+    out[:3, :3] = out[3:, 3:] = T[:3, :3]
+    out[:3, 3:] = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]]) @ T[:3, :3]
+    return out
+
+
+def covariance_in_parent(
+    covariance: np.ndarray, adjoint_body_camera: np.ndarray, T_parent_body: np.ndarray
+) -> np.ndarray:
     """[6, 6] of the camera's pose in its own axes to that of the body's pose about the parent's axes.
 
-    A small motion (dt, dw) of the camera, given in the camera's axes, moves a body that is rigidly attached to it by
-    the adjoint of T_body_camera, given in the body's axes; nav_msgs/Odometry wants fixed axes of the parent.
+    The adjoint of T_body_camera brings it into the body's axes; nav_msgs/Odometry wants fixed axes of the parent.
     """
-    x, y, z = T_body_camera[:3, 3].tolist()
-    R_parent_camera = T_parent_body[:3, :3] @ T_body_camera[:3, :3]
-    adjoint = np.zeros((6, 6))
-    adjoint[:3, :3] = adjoint[3:, 3:] = R_parent_camera
-    lever = T_parent_body[:3, :3] @ np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])  # [t]x of T_body_camera
-    adjoint[:3, 3:] = lever @ T_body_camera[:3, :3]
-    out = adjoint @ covariance @ adjoint.T
+    to_parent = (T_parent_body[:3, :3] @ adjoint_body_camera.reshape(2, 3, 6)).reshape(6, 6)
+    out = to_parent @ covariance @ to_parent.T
     return 0.5 * (out + out.T)
 
 
@@ -83,7 +88,7 @@ class TwistEstimator:
     """Velocity of the body in its own axes from two successive poses."""
 
     def __init__(self) -> None:
-        self._last: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._last: tuple[int, np.ndarray, list[float]] | None = None
 
     def update(self, stamp_ns: int, T_odom_body: np.ndarray, covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Twist [6] (m/s or units/s, rad/s) and its covariance [6, 6].
@@ -91,27 +96,27 @@ class TwistEstimator:
         The covariance is what the pose's own grew by since the last frame; it is huge where there is no last frame.
         ``covariance``: of the pose, any axes (its block traces are used).
         """
-        last, self._last = self._last, (stamp_ns, T_odom_body, covariance)
+        variances = covariance.diagonal().tolist()
+        last, self._last = self._last, (stamp_ns, T_odom_body, variances)
         seconds = 0.0 if last is None else 1e-9 * (stamp_ns - last[0])
         if last is None or not 0.0 < seconds <= _LONGEST_STEP_S:
             return np.zeros(6), UNKNOWN
         R_last_odom = last[1][:3, :3].T
         step = R_last_odom @ (T_odom_body[:3, 3] - last[1][:3, 3])
         turn = rotation_vector(R_last_odom @ T_odom_body[:3, :3])
-        grown = (covariance.diagonal() - last[2].diagonal()).tolist()
-        out = np.zeros((6, 6))
+        out = np.zeros(36)
         for block in (0, 3):
-            variance = max(sum(grown[block : block + 3]) / 3, _TWIST_FLOOR) / seconds**2
-            out[block, block] = out[block + 1, block + 1] = out[block + 2, block + 2] = min(variance, HUGE_VARIANCE)
-        return np.concatenate([step, turn]) / seconds, out
+            grown = sum(variances[block : block + 3]) - sum(last[2][block : block + 3])
+            out[7 * block : 7 * block + 21 : 7] = min(max(grown / 3, _TWIST_FLOOR) / seconds**2, HUGE_VARIANCE)
+        return np.array((*step.tolist(), *turn)) / seconds, out.reshape(6, 6)
 
 
-def rotation_vector(R: np.ndarray) -> np.ndarray:
+def rotation_vector(R: np.ndarray) -> tuple[float, float, float]:
     """As geometry.so3_log for a single matrix, in plain floats."""
-    x, y, z, w = optional.quaternion(R).tolist()
+    x, y, z, w = optional.quaternion(R)
     sin_half = math.sqrt(x * x + y * y + z * z)
     if sin_half < 1e-12:
-        return np.zeros(3)
+        return 0.0, 0.0, 0.0
     angle = 2 * math.atan2(sin_half, abs(w))
     factor = math.copysign(angle / sin_half, w)
-    return np.array([factor * x, factor * y, factor * z])
+    return factor * x, factor * y, factor * z

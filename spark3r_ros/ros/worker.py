@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
+
+_MOMENT_S = 0.005
 
 Item = TypeVar("Item")
 
@@ -24,7 +28,8 @@ class Worker(Generic[Item]):
         self._on_room = on_room
         self._frames: deque[Item] = deque()
         self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._wake = threading.Condition()
+        self._lock = threading.Lock()
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # a token for every job
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="spark3r-worker", daemon=True)
         self._thread.start()
@@ -39,15 +44,17 @@ class Worker(Generic[Item]):
 
     def offer(self, item: Item) -> Item | None:
         """Put a frame into the queue; the oldest waiting one is returned when it had to go."""
-        with self._wake:
+        if not self.has_room:
+            time.sleep(_MOMENT_S)  # frames that a busy machine held up come at once: a worker that keeps up takes them
+        with self._lock:
             dropped = self._frames.popleft() if len(self._frames) >= self._capacity else None
             self._frames.append(item)
-            self._wake.notify()
+        self._wake.put(None)
         return dropped
 
     def discard_frames(self) -> int:
         """Forget every waiting frame; returns how many."""
-        with self._wake:
+        with self._lock:
             count = len(self._frames)
             self._frames.clear()
         return count
@@ -55,36 +62,36 @@ class Worker(Generic[Item]):
     def call(self, command: Callable[[], Any]) -> Future[Any]:
         """Run ``command`` on the worker's thread, after the frame in work and before those that wait."""
         future: Future[Any] = Future()
-        with self._wake:
+        with self._lock:
             if self._stopping:
                 raise RuntimeError("the worker is stopping")
             self._commands.append((command, future))
-            self._wake.notify()
+        self._wake.put(None)
         return future
 
     def stop(self) -> int:
         """Finish the frame in work and all commands, then end; returns how many waiting frames were given up."""
-        with self._wake:
+        with self._lock:
             self._stopping = True
             count = len(self._frames)
             self._frames.clear()
-            self._wake.notify()
+        self._wake.put(None)
         self._thread.join()
         return count
 
     def _run(self) -> None:
         while True:
-            with self._wake:
-                while not (self._commands or self._frames or self._stopping):
-                    self._wake.wait()
-                if self._commands:
+            self._wake.get()
+            with self._lock:
+                is_command = bool(self._commands)
+                if is_command:
                     job: Any = self._commands.popleft()
-                    is_command = True
                 elif self._frames:
                     job = self._frames.popleft()
-                    is_command = False
-                else:
+                elif self._stopping:
                     return
+                else:
+                    continue  # the frame of this token was dropped
             if is_command:
                 _fulfil(*job)
             else:
