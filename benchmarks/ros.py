@@ -8,7 +8,8 @@ usage: .venv/bin/python -m benchmarks.ros [--seconds 20] [--minutes 0] [--nice 0
 * Latency from the camera's publish() to the odometry's arrival at another process, less the reconstruction's own time;
   and how much of that passes inside the node.
 * A cloud of 300,000 points from arrays to the wire: building the message and publish(), with a subscriber.
-* ``--minutes``: a soak at 30 Hz; images sent, poses received, memory of the node at its start and end.
+* ``--minutes``: a soak at 30 Hz; images sent, poses received and the node's own counters, so that a loss has a place;
+  memory of the node at its start and end.
 
 Prints a table, and one JSON line last.
 """
@@ -89,7 +90,10 @@ def node_alone() -> None:
 
 
 def camera(count: int, listeners: int) -> None:
-    """Images at RATE_HZ with the time of their publish() in the stamp; ends when all are acknowledged."""
+    """Images at RATE_HZ with the time of their publish() in the stamp; ends when all are acknowledged.
+
+    One that is late is not followed by a burst: cameras have none.
+    """
     import rclpy
     from rclpy.duration import Duration
     from rclpy.qos import QoSProfile
@@ -105,9 +109,10 @@ def camera(count: int, listeners: int) -> None:
     msg.data.frombytes(np.random.default_rng(0).integers(0, 256, 3 * WIDTH * HEIGHT, dtype=np.uint8).tobytes())
     wait(lambda: publisher.get_subscription_count() == listeners, "the camera's listeners did not come up")
     time.sleep(0.5)  # the listeners' own discovery of each other
-    begin = time.monotonic()
-    for i in range(count):
-        time.sleep(max(begin + i / RATE_HZ - time.monotonic(), 0))
+    due = time.monotonic()
+    for _ in range(count):
+        time.sleep(max(due - time.monotonic(), 0))
+        due = max(due, time.monotonic() - 0.5 / RATE_HZ) + 1 / RATE_HZ
         msg.header.stamp = stamps.to_msg(time.time_ns())
         publisher.publish(msg)
     publisher.wait_for_all_acked(Duration(seconds=10))
@@ -179,10 +184,13 @@ class Odometer:
         if len(self.latencies_ms) < 10_000:
             self.latencies_ms.append(1e-6 * (now_ns - msg.header.stamp.sec * 10**9 - msg.header.stamp.nanosec))
 
+    def spin_once(self) -> None:
+        self._executor.spin_once(timeout_sec=0.1)
+
     def spin_while(self, condition: Callable[[], bool], on_second: Callable[[], None] = lambda: None) -> None:
         last = time.monotonic()
         while condition():
-            self._executor.spin_once(timeout_sec=0.1)
+            self.spin_once()
             if time.monotonic() - last >= 1.0:
                 last = time.monotonic()
                 on_second()
@@ -304,7 +312,10 @@ def soak(node: Any, minutes: float) -> dict[str, float]:
         wait(lambda: node.count_subscribers("/image") == 1, "the node did not come up")
         source = Process("camera", "--count", str(count))
         try:
+            wait(lambda: odometer.spin_once() or odometer.count, "the node gives no pose")
+            begin = time.monotonic()
             odometer.spin_while(lambda: source.is_running, lambda: memory.append(tested.memory_mb()))
+            rate_hz = count / (time.monotonic() - begin)
         finally:
             source.close()
         deadline = time.monotonic() + 5
@@ -317,10 +328,11 @@ def soak(node: Any, minutes: float) -> dict[str, float]:
     return {
         "soak_minutes": minutes,
         "soak_images": count,
+        "soak_rate_hz": rate_hz,
         "soak_poses": odometer.count,
         "soak_node_images": int(counters["images"]),
         "soak_node_poses": int(counters["poses"]),
-        "soak_node_dropped": int(counters["dropped"]),
+        **{f"soak_node_{name}": int(value) for name, value in counters.items() if name.startswith("dropped")},
         "soak_lost_by_middleware": int(counters["lost_by_middleware"]),
         "soak_memory_mb_first": float(settled[:30].mean()),
         "soak_memory_mb_last": float(settled[-30:].mean()),

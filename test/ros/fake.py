@@ -82,7 +82,7 @@ class FakeReconstructor:
             self.state, is_window,
         )  # fmt: skip
         if is_window:
-            self._keyframes = [*self._keyframes[-5000:], (frame.stamp_ns, self.T_map_odom @ T)]
+            self._keyframes = [*self._keyframes[-500:], (frame.stamp_ns, self.T_map_odom @ T)]
         changed, self.map_changed = self.map_changed, False
         return Update(
             poses=(pose,),
