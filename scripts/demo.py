@@ -25,11 +25,12 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from tqdm import tqdm
 
+from scripts import ros_domain
 from spark3r_ros import bags, export, geometry, sources
 from spark3r_ros.config import Config, parameters
 from spark3r_ros.frame import CameraModel, Frame, PointBatch
@@ -381,12 +382,17 @@ def offline(out: Path, recording: Path, settings: list[str], truth_file: Path | 
     print("\n".join([*lines, f"  files              {out}"]))
 
 
-def prepare_ros(out: Path) -> None:
-    """A domain of our own on this machine only, shared memory large enough for images, logs beside the results."""
-    os.environ.setdefault("ROS_DOMAIN_ID", str(os.getpid() % 101 + 1))
+def prepare_ros(out: Path) -> IO[str]:
+    """A domain of our own on this machine only, shared memory large enough for images, logs beside the results.
+
+    Whatever domain the shell names is left alone: a robot may work there. The file that is returned holds the claim.
+    """
+    domain, claim = ros_domain.claim()
+    os.environ["ROS_DOMAIN_ID"] = str(domain)
     os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     os.environ.setdefault("FASTDDS_DEFAULT_PROFILES_FILE", str(PROFILE))
     os.environ.setdefault("ROS_LOG_DIR", str(out / "log"))
+    return claim
 
 
 def main() -> None:
@@ -399,7 +405,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo", help="where the results go")
     parser.add_argument("--set", action="append", default=[], metavar="NAME:=VALUE", help="a parameter of the node")
     options = parser.parse_args()
-    prepare_ros(options.out)
+    with prepare_ros(options.out):
+        print(f"ROS_DOMAIN_ID={os.environ['ROS_DOMAIN_ID']}, to look on from another terminal")
+        run(options)
+
+
+def run(options: argparse.Namespace) -> None:
+    """From recording to report; ends the process with one line when something is wrong."""
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         if options.recording is None:

@@ -1,13 +1,15 @@
 """The demo's figures are right, and its sample is made once."""
 
+import contextlib
 import errno
+import os
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
-from scripts import demo
+from scripts import demo, ros_domain
 from spark3r_ros import export, geometry
 from spark3r_ros.sources import open_source
 
@@ -61,9 +63,22 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(demo, "sample", full)
     monkeypatch.setattr("sys.argv", ["demo", "--out", str(tmp_path)])
-    monkeypatch.setattr(demo, "prepare_ros", lambda out: None)
+    monkeypatch.setattr(demo, "prepare_ros", lambda out: contextlib.nullcontext())
     with pytest.raises(SystemExit, match=rf"^demo: .*No space left on device: make room under {tmp_path}, or choose"):
         demo.main()
+
+
+def test_every_demo_has_a_domain_of_its_own(tmp_path, monkeypatch):
+    for name in ("ROS_AUTOMATIC_DISCOVERY_RANGE", "FASTDDS_DEFAULT_PROFILES_FILE", "ROS_LOG_DIR"):
+        monkeypatch.setenv(name, "as it was")
+    monkeypatch.setenv("ROS_DOMAIN_ID", "42")
+    domains = []
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(demo.prepare_ros(tmp_path))
+            domains.append(int(os.environ["ROS_DOMAIN_ID"]))
+    assert len(set(domains)) == 3
+    assert set(domains) <= set(ros_domain.DOMAINS)
 
 
 def test_the_dds_profile_is_shipped():
