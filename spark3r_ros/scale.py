@@ -1,13 +1,14 @@
 """How many metres one unit of the map is: a filter on log scale and the sources that feed it.
 
 A source says ``log(metres per world unit)`` with a sigma. The filter believes nothing until two sources, or one source
-repeatedly, agree; from then on a chi-square gate keeps out what contradicts. Nothing is ever rescaled inside: only the
-output converts.
+repeatedly, agree, and more sources agree than contradict; from then on a chi-square gate keeps out what contradicts.
+Nothing is ever rescaled inside: only the output converts.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import logging
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from spark3r_ros.alignment import robust_log_ratio
 from spark3r_ros.config import ScaleConfig
 from spark3r_ros.frame import ScaleEstimate
 from spark3r_ros.windows import Keyframe
+
+logger = logging.getLogger(__name__)
 
 DEPTH_SIGMA = 0.03  # of log scale from one depth image: sensor and network bias, not pixel noise
 HEIGHT_SIGMA = 0.08  # one ground plane: mounting height, pitch of the robot
@@ -70,7 +73,11 @@ class ScaleFilter:
         return True
 
     def _start(self, value: float, measurement: Measurement) -> bool:
-        """Begin when enough of the last opinions agree with this one."""
+        """Begin when enough of the last opinions agree with this one, and more sources do than contradict it.
+
+        A source contradicts when no more than half of its own last opinions agree. So one of two that differ never
+        wins by speaking more often: nobody can know which of them lies.
+        """
         self._candidates.append((value, measurement))
         agreeing = [
             (v, m) for v, m in self._candidates
@@ -78,6 +85,16 @@ class ScaleFilter:
         ]  # fmt: skip
         needed = 1 if measurement.source == "model" else self.config.confirmations
         if len(agreeing) < needed:
+            return False
+        told, backed = Counter(m.source for _, m in self._candidates), Counter(m.source for _, m in agreeing)
+        against = [s for s in told if s != measurement.source and 2 * backed[s] <= told[s]]
+        if 2 * len(against) >= len(told):
+            self.num_rejected += 1
+            if self.num_rejected == 1:
+                logger.warning(
+                    "scale stays unknown: %s says %.3g m per unit, %s contradicts: check or switch off one of them",
+                    measurement.source, np.exp(value), " and ".join(against),
+                )  # fmt: skip
             return False
         self._candidates.clear()
         sigma = float("inf")

@@ -48,6 +48,37 @@ def test_a_lying_source_does_not_move_the_scale():
     assert scale.num_rejected == 30
 
 
+def test_of_two_sources_that_contradict_neither_makes_it_metric(caplog):
+    scale = ScaleFilter(ScaleConfig())
+    for i in range(20):
+        feed(scale, [1.4, 1.41], "depth")  # the liar speaks twice as often
+        feed(scale, [0.7 + 0.01 * (i % 2)], "odometry")
+    assert not scale.estimate.is_metric
+    assert scale.num_rejected > 0
+    assert "check or switch off one of them" in caplog.text
+    assert len(caplog.records) == 1
+    feed(scale, [0.7, 0.72, 0.69], "height", 0.08)  # two against one
+    feed(scale, [0.7], "odometry")
+    assert scale.estimate.is_metric
+    assert scale.estimate.log_scale == pytest.approx(0.7, abs=0.03)
+    assert not any(feed(scale, [1.4] * 30, "depth"))
+
+
+def test_a_source_that_was_wrong_once_and_fell_silent_is_forgotten():
+    scale = ScaleFilter(ScaleConfig())
+    feed(scale, [-1.0], "height")
+    assert not any(feed(scale, [0.5] * 9))
+    assert feed(scale, [0.5]) == [True]
+    assert scale.estimate.log_scale == pytest.approx(0.5)
+
+
+def test_the_outliers_of_an_honest_source_do_not_count_against_it():
+    scale = ScaleFilter(ScaleConfig())
+    feed(scale, [0.5, 2.0, 0.51], "height", 0.05)
+    feed(scale, [0.49, 0.5], "odometry")
+    assert scale.estimate.log_scale == pytest.approx(0.5, abs=0.02)
+
+
 def test_sigma_shrinks_but_never_below_the_floor():
     scale = ScaleFilter(ScaleConfig())
     feed(scale, [0.1] * 500)
