@@ -37,7 +37,7 @@ setup(
     # never ROS itself: it comes from the system or from requirements/ros.txt
     install_requires=[
         "gtsam>=4.3",
-        "huggingface_hub",
+        "huggingface_hub>=1",
         "matplotlib",
         "numba",
         "numpy>=1.26",
