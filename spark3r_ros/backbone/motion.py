@@ -8,6 +8,7 @@ Shapes: S frames, H x W pixels, h x w motion cells of CELL x CELL pixels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import cv2
@@ -49,9 +50,7 @@ class FlowField:
         self._dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
         self._dis.setFinestScale(1)
         self._dis.setVariationalRefinementIterations(3)
-        self._orb = cv2.ORB.create(250, 1.4, 3, edgeThreshold=12, patchSize=15, fastThreshold=8)
         self._matcher = cv2.BFMatcher(cv2.NORM_HAMMING, crossCheck=True)
-        self._corners: dict[int, tuple] = {}
         self._homographies: dict[tuple[int, int], np.ndarray | None] = {}
         self._flows: dict[tuple[int, int], np.ndarray] = {}
 
@@ -67,16 +66,16 @@ class FlowField:
         if H is None:
             return None
         height, width = self._greys[0].shape
-        grid = np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1).astype(np.float32)
+        grid = _pixel_grid(height, width)
         moved = cv2.perspectiveTransform(grid.reshape(1, -1, 2), H).reshape(grid.shape)
-        return np.clip(moved - grid, -width, width).astype(np.float32)
+        return np.clip(moved - grid, -width, width)
 
     def _homography(self, source: int, target: int) -> np.ndarray | None:
         """Homography [3, 3] that most matched corners agree with; None: too few do."""
         if (target, source) in self._homographies:
             H = self._homographies[target, source]
             return None if H is None else np.linalg.inv(H)
-        (points, descriptors), (others, other_descriptors) = self._detect(source), self._detect(target)
+        (points, descriptors), (others, other_descriptors) = _corners(self._greys[source]), _corners(self._greys[target])
         H = None
         if min(len(points), len(others)) >= MIN_MATCHES:
             matches = self._matcher.match(descriptors, other_descriptors)
@@ -88,11 +87,23 @@ class FlowField:
         self._homographies[source, target] = H
         return H
 
-    def _detect(self, image: int) -> tuple:
-        if image not in self._corners:
-            corners, descriptors = self._orb.detectAndCompute(self._greys[image], None)
-            self._corners[image] = np.array([c.pt for c in corners], np.float32).reshape(-1, 2), descriptors
-        return self._corners[image]
+
+def _corners(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Corners [M, 2] of a grey image and their descriptors. Images come again, as partners of others."""
+    return _detect(grey.tobytes(), grey.shape)
+
+
+@functools.lru_cache(maxsize=64)
+def _detect(pixels: bytes, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    orb = cv2.ORB.create(250, 1.4, 3, edgeThreshold=12, patchSize=15, fastThreshold=8)
+    corners, descriptors = orb.detectAndCompute(np.frombuffer(pixels, np.uint8).reshape(shape), None)
+    return np.array([c.pt for c in corners], np.float32).reshape(-1, 2), descriptors
+
+
+@functools.lru_cache(maxsize=4)
+def _pixel_grid(height: int, width: int) -> np.ndarray:
+    """x and y of every pixel [H, W, 2] float32."""
+    return np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1).astype(np.float32)
 
 
 def motion_channels(greys: Sequence[np.ndarray], num_previous: int = 0) -> np.ndarray:

@@ -63,14 +63,15 @@ def solve_motion(
         start: R [B, P, 3, 3] and t [B, P, 3].
     """
     R, t = start
-    s = prior_mean
+    s, certainty = prior_mean, prior_sigma**-2
+    rays = torch.nn.functional.pad(points, (0, 1), value=1.0)[:, None]  # [B, 1, N, 3]
     for _ in range(iterations):
-        system = _linearise(points, targets, weights, R, t, s)
-        step, depth_step = _solve_step(system, t, s, prior_mean, prior_sigma)
+        system = _linearise(rays, targets, weights, R, t, s)
+        step, depth_step = _solve_step(system, t, (prior_mean - s) * certainty, certainty)
         R, t = so3_exp(step[..., 3:]) @ R, t + step[..., :3]
         s = s + depth_step.clamp(-MAX_DEPTH_STEP, MAX_DEPTH_STEP)
-    last = _linearise(points, targets, weights, R, t, s)
-    information = (last.w * (last.J_s**2).sum(-1)).sum(1) + prior_sigma**-2
+    last = _linearise(rays, targets, weights, R, t, s)
+    information = (last.w[..., None] * last.J_s**2).sum(dim=(1, 3)) + certainty
     return Motion(R, t, s, information, last.residual)
 
 
@@ -117,47 +118,48 @@ class _System:
     J_s: Tensor  # [B, P, N, 2] by log inverse depth
 
 
-def _linearise(points: Tensor, targets: Tensor, weights: Tensor, R: Tensor, t: Tensor, s: Tensor) -> _System:
-    rays = torch.nn.functional.pad(points, (0, 1), value=1.0)  # [B, N, 3]
-    rotated = rays[:, None] @ R.transpose(-1, -2)  # [B, P, N, 3]
+def _linearise(rays: Tensor, targets: Tensor, weights: Tensor, R: Tensor, t: Tensor, s: Tensor) -> _System:
+    rotated = rays @ R.transpose(-1, -2)  # [B, P, N, 3]
     rho = s.exp()[:, None, :, None]  # [B, 1, N, 1]
-    moved = rotated + rho * t[:, :, None]
-    z = moved[..., 2:].clamp_min(MIN_Z)
-    uv = moved[..., :2] / z  # [B, P, N, 2]
+    shift = rho * t[:, :, None]  # [B, P, N, 3]
+    x, y, z = (rotated + shift).unbind(-1)  # each [B, P, N]
+    inv_z = z.clamp_min(MIN_Z).reciprocal()
+    u, v = x * inv_z, y * inv_z
+    uv = torch.stack([u, v], dim=-1)
     residual = targets - uv
-    w = weights / (1 + weights * (residual**2).sum(-1) / ROBUST_SCALE**2)
-    inv_z = 1 / z
-    zero = torch.zeros_like(inv_z)
-    row_x = torch.cat([inv_z, zero, -uv[..., :1] * inv_z], dim=-1)  # [B, P, N, 3] d u / d moved
-    row_y = torch.cat([zero, inv_z, -uv[..., 1:] * inv_z], dim=-1)
-    rows = torch.stack([row_x, row_y], dim=-2)  # [B, P, N, 2, 3]
-    turn = torch.linalg.cross(rotated[..., None, :].expand_as(rows), rows)  # d u / d rotation
-    J = torch.cat([rows * rho[..., None], turn], dim=-1)
-    J_s = (rows * (rho * t[:, :, None])[..., None, :]).sum(-1)
-    return _System(residual, w, J, J_s)
+    w = weights / (1 + weights * residual.square().sum(-1) / ROBUST_SCALE**2)
+    J_s = (shift[..., :2] - uv * shift[..., 2:]) * inv_z[..., None]
+    x, y, z = rotated.unbind(-1)
+    by_t, zero = rho[..., 0] * inv_z, torch.zeros_like(u)  # d u / d t_x
+    rows = [
+        by_t, zero, -u * by_t, -u * y * inv_z, (z + u * x) * inv_z, -y * inv_z,
+        zero, by_t, -v * by_t, -(z + v * y) * inv_z, v * x * inv_z, x * inv_z,
+    ]  # fmt: skip
+    return _System(residual, w, torch.stack(rows, dim=-1).unflatten(-1, (2, 6)), J_s)
 
 
-def _solve_step(
-    system: _System, t: Tensor, s: Tensor, prior_mean: Tensor, prior_sigma: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Pose step [B, P, 6] and depth step [B, N] of one damped Gauss-Newton iteration (Schur complement over depths)."""
-    batch, num_partners = t.shape[:2]
-    J = system.J.flatten(2, 3)  # [B, P, 2N, 6]
-    w = system.w.repeat_interleave(2, dim=2)[..., None]  # [B, P, 2N, 1]
-    H = (J * w).transpose(-1, -2) @ J  # [B, P, 6, 6]
-    b = ((J * w).transpose(-1, -2) @ system.residual.flatten(2)[..., None])[..., 0]  # [B, P, 6]
+def _solve_step(system: _System, t: Tensor, prior_pull: Tensor, certainty: Tensor) -> tuple[Tensor, Tensor]:
+    """Pose step [B, P, 6] and depth step [B, N] of one damped Gauss-Newton iteration (Schur complement over depths).
+
+    The prior on depths comes as its gradient and its information, each [B, N].
+    """
+    num_partners = t.shape[1]
+    J, residual = system.J.flatten(2, 3), system.residual  # [B, P, 2N, 6], [B, P, N, 2]
+    weighted = system.J * system.w[..., None, None]
+    across = weighted.flatten(2, 3).transpose(-1, -2)  # [B, P, 6, 2N]
+    H, b = across @ J, (across @ residual.flatten(2)[..., None])[..., 0]  # [B, P, 6, 6], [B, P, 6]
     prior = torch.tensor([TRANSLATION_SIGMA**-2] * 3 + [1.0] * 3, dtype=t.dtype, device=t.device)
     H = H + torch.diag_embed(1e-4 * H.diagonal(dim1=-2, dim2=-1) + prior)
-    b = b - torch.cat([t, torch.zeros_like(t)], dim=-1) * prior
-    H_ps = (system.w[..., None] * (system.J * system.J_s[..., None]).sum(-2)).transpose(1, 2).flatten(2)  # [B, N, 6P]
-    H_ss = (system.w * (system.J_s**2).sum(-1)).sum(1) + prior_sigma**-2  # [B, N]
-    b_s = (system.w * (system.J_s * system.residual).sum(-1)).sum(1) + (prior_mean - s) * prior_sigma**-2
-    scaled = H_ps / H_ss[..., None]
-    full = t.new_zeros(batch, 6 * num_partners, 6 * num_partners)
-    for k in range(num_partners):
-        full[:, 6 * k : 6 * k + 6, 6 * k : 6 * k + 6] = H[:, k]
-    full = full - scaled.transpose(-1, -2) @ H_ps
-    right = b.flatten(1) - (scaled.transpose(-1, -2) @ b_s[..., None])[..., 0]
+    b = b - torch.nn.functional.pad(t, (0, 3)) * prior
+    weighted_s = system.J_s * system.w[..., None]  # [B, P, N, 2]
+    H_ps = (weighted * system.J_s[..., None]).sum(-2).transpose(1, 2).flatten(2)  # [B, N, 6P]
+    H_ss = (weighted_s * system.J_s).sum(dim=(1, 3)) + certainty  # [B, N]
+    b_s = (weighted_s * residual).sum(dim=(1, 3)) + prior_pull
+    scaled = (H_ps / H_ss[..., None]).transpose(-1, -2)
+    full = -(scaled @ H_ps)  # [B, 6P, 6P]
+    blocks = full.unflatten(1, (num_partners, 6)).unflatten(3, (num_partners, 6))  # [B, P, 6, P, 6]
+    blocks.diagonal(dim1=1, dim2=3).add_(H.permute(0, 2, 3, 1))
+    right = b.flatten(1) - (scaled @ b_s[..., None])[..., 0]
     step = torch.linalg.solve(full, right)
     depth_step = (b_s - (H_ps @ step[..., None])[..., 0]) / H_ss
     return step.unflatten(-1, (num_partners, 6)), depth_step
