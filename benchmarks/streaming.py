@@ -5,6 +5,7 @@
     python -m benchmarks.streaming circuit --frames 2400 --seeds 5 7 11
     python -m benchmarks.streaming endurance --frames 10300
     python -m benchmarks.streaming tracking
+    python -m benchmarks.streaming query --model da3-small --untrained
     python -m benchmarks.streaming relocalise
 
 Every part prints a table and ends with one line of JSON. ``--set group.field=value`` changes the configuration of every
@@ -32,10 +33,13 @@ import torch
 
 from spark3r_ros import geometry
 from spark3r_ros.backbone import Backbone, load_backbone
+from spark3r_ros.backbone.registry import MODELS
 from spark3r_ros.config import Config, parameters, with_values
 from spark3r_ros.frame import CameraModel, Frame, FramePose, TrackingState, Update, WindowReport
-from spark3r_ros.reconstructor import Reconstructor
+from spark3r_ros.reconstructor import Job, Reconstructor, choose_device
+from spark3r_ros.solver import Solver
 from spark3r_ros.sources import open_source
+from spark3r_ros.windows import Keyframe
 from training.paths import camera_path
 from training.scenes import Scene, camera_matrix
 
@@ -193,8 +197,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "refine off, align dense": {"refine.mode": "off", "alignment.mode": "dense"},
     "refine off, align rigid": {"refine.mode": "off", "alignment.mode": "rigid"},
     "refine off, no scale prior": {"refine.mode": "off", "alignment.scale_prior": False},
-    "refine off, overlap 1": {"refine.mode": "off", "window.overlap": 1},
-    "refine off, overlap 6": {"refine.mode": "off", "window.overlap": 6},
+    "refine off, context 4 frames": {"refine.mode": "off", "context.frames": 4},
+    "refine off, no loops": {"refine.mode": "off", "loops.enabled": False},
+    **{f"refine off, overlap {n}": {"refine.mode": "off", "window.overlap": n} for n in (1, 2, 4, 5, 6)},
 }
 
 
@@ -286,24 +291,35 @@ def endurance(options: argparse.Namespace, config: Config, backbone: Backbone) -
 
 
 class Timed(Reconstructor):
-    """Notes the processor time of each tracked frame, of each window solve and of the network in both."""
+    """Notes the processor time of each tracked frame, of each window's way into the map and of the network in both.
+
+    Time is that of the thread that does the work: the network solves windows in one of its own.
+    """
 
     def reset(self) -> None:
         super().reset()
         self.times: dict[str, list[float]] = {"frame": [], "window": [], "query": [], "solve": []}
+        self._spent = 0.0
 
     def _open_camera(self, frame: Frame) -> None:
         super()._open_camera(frame)
         self._solver.query = self._timed("query", self._solver.query)  # type: ignore[method-assign]
         self._solver.solve = self._timed("solve", self._solver.solve)  # type: ignore[method-assign]
         self._track = self._timed("frame", self._track)  # type: ignore[method-assign]
-        self._solve_window = self._timed("window", self._solve_window)  # type: ignore[method-assign]
+
+    def _advance(self, job: Job) -> None:
+        started = time.thread_time()
+        super()._advance(job)
+        self._spent += time.thread_time() - started
+        if self._job is None:
+            self.times["window"].append(self._spent + self.times["solve"][-1])
+            self._spent = 0.0
 
     def _timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:
-            started = time.process_time()
+            started = time.thread_time()
             result = call(*arguments)
-            self.times[name].append(time.process_time() - started)
+            self.times[name].append(time.thread_time() - started)
             return result
 
         return timed
@@ -318,22 +334,55 @@ def tracking(options: argparse.Namespace, config: Config, backbone: Backbone) ->
         for frame in sequence.frames():
             reconstructor.push(frame)
         times = reconstructor.times
-        ms = {key: 1e3 * float(np.median(values[2:])) for key, values in times.items()}
+        ms = {key: 1e3 * float(np.median(values[1:])) for key, values in times.items() if len(values) > 1}
         rows[name] = {
             **{f"{key}_ms": value for key, value in ms.items()},
             "frame over window": ms["frame"] / ms["window"],
-            "network query over network solve": ms["query"] / ms["solve"],
+            "network query over network solve": ms["query"] / ms["solve"] if "query" in ms else None,
         }
-        print(f"{name:14} " + ", ".join(f"{key} {value:.3f}" for key, value in rows[name].items()), flush=True)
+        shown = [f"{key} {value:.3f}" for key, value in rows[name].items() if value is not None]
+        print(f"{name:14} " + ", ".join(shown), flush=True)
     return rows
 
 
+def query(options: argparse.Namespace, config: Config, backbone: Backbone) -> dict[str, Any]:
+    """One frame that asks a full context, over a window's solve: the network alone, in turn; weights do not matter."""
+    size = backbone.resize(options.width * 3 // 4, options.width).size
+    images = np.random.default_rng(0).integers(0, 255, (config.context.frames, *size, 3), np.uint8)
+    keyframes = [Keyframe(i, i, i, "camera", image) for i, image in enumerate(images)]
+    solver = Solver(config, backbone, choose_device(config.model.device), np.ones(size, bool))
+    solver.K = camera_matrix(size[1], size[0], 70.0)
+    for start in range(0, len(keyframes), config.window.size):
+        solver.solve(keyframes[start : start + config.window.size], [])
+        solver.commit(keyframes[start : start + config.window.size])
+    window, seconds = keyframes[-config.window.size :], np.zeros((options.repeats, 2))
+    for row in seconds:
+        for column, (frames, previous) in enumerate(((window[:1], keyframes[-2:]), (window, keyframes[:2]))):
+            started = time.thread_time()
+            solver.solve(frames, previous)
+            row[column] = time.thread_time() - started
+    ratio = np.median(seconds[:, 0]) / np.median(seconds[:, 1])
+    figures = {
+        "image": f"{size[1]}x{size[0]}",
+        "query_ms": 1e3 * float(np.median(seconds[:, 0])),
+        "solve_ms": 1e3 * float(np.median(seconds[:, 1])),
+        "query over solve": float(ratio),
+        "spread": [float(f(seconds[:, 0] / seconds[:, 1])) for f in (np.min, np.max)],
+    }
+    print(f"{backbone.spec.name}: {figures}", flush=True)
+    return figures
+
+
 def relocalise(options: argparse.Namespace, config: Config, backbone: Backbone) -> dict[str, Any]:
-    """A map saved from one pass, loaded in another that starts elsewhere and moves differently."""
+    """A map saved from one pass, loaded in another that starts elsewhere and moves differently.
+
+    Errors: of positions in the truth's frame, the map's own distortion included, and relative to the frame of the first
+    pass that stood closest.
+    """
     size, n = (options.width, options.width * 3 // 4), options.frames
     scene = Scene(options.seed, "hall")
-    first_poses = camera_path("circuit", n, options.seed, 1.0)
-    second_poses = camera_path("circuit", n, options.seed + 1, 1.0)[: n // 2]
+    first_poses = camera_path("circuit", n, options.seed, options.rounds)
+    second_poses = camera_path("circuit", n, options.seed + 1, options.rounds)[: n // 2]
     first = Recording("first pass", _rendered(first_poses, scene, size, 10.0), first_poses)
     second = Recording("second pass", _rendered(second_poses, scene, size, 10.0), second_poses)
     mapped = run(first, config, backbone)
@@ -347,6 +396,11 @@ def relocalise(options: argparse.Namespace, config: Config, backbone: Backbone) 
     found = [p.state is TrackingState.TRACKING and p.covariance[0, 0] < 1.0 for p in again.poses]
     positions = geometry.transform(S, np.stack([p.T_map_camera[:3, 3] for p in again.poses]))
     error = np.linalg.norm(positions - second_poses[:, :3, 3], axis=1)
+    apart = np.linalg.norm(second_poses[:, None, :3, 3] - first_poses[None, :, :3, 3], axis=2)
+    near = apart.argmin(axis=1)  # the frame of the first pass that was closest to each of the second
+    wanted = geometry.inverse(first_poses[near]) @ second_poses
+    seen = geometry.inverse(best[near]) @ np.stack([p.T_map_camera for p in again.poses])
+    local = np.linalg.norm(geometry.scale_of(S) * seen[:, :3, 3] - wanted[:, :3, 3], axis=1)
     first_found = found.index(True) if any(found) else -1
     return {
         "map_ate_m": ate(best, first_poses)[0],
@@ -357,6 +411,9 @@ def relocalise(options: argparse.Namespace, config: Config, backbone: Backbone) 
         "seconds_to_first_pose": float(np.sum(again.seconds[: first_found + 1])),
         "median_error_m": float(np.median(error[found])) if any(found) else None,
         "p90_error_m": float(np.percentile(error[found], 90)) if any(found) else None,
+        "median_distance_m": float(np.median(apart.min(axis=1))),
+        "median_error_to_map_m": float(np.median(local[found])) if any(found) else None,
+        "p90_error_to_map_m": float(np.percentile(local[found], 90)) if any(found) else None,
     }
 
 
@@ -385,7 +442,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = {
         "ablation": ablation, "circuit": circuit_loops, "endurance": endurance, "tracking": tracking,
-        "relocalise": relocalise,
+        "query": query, "relocalise": relocalise,
     }  # fmt: skip
     parser.add_argument("part", choices=parts)
     parser.add_argument("--sequences", nargs="*", default=[], help="folders in the layout of ../shared/data")
@@ -398,12 +455,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[5, 7, 11], help="circuit: of the halls")
     parser.add_argument("--span", type=int, default=300, help="endurance: frames that are averaged")
     parser.add_argument("--model", default="nano")
+    parser.add_argument("--untrained", action="store_true", help="query: the model without its weights")
+    parser.add_argument("--repeats", type=int, default=7, help="query: measurements, of which the median counts")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--set", nargs="*", default=[], metavar="GROUP.FIELD=VALUE")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     config = with_values(Config(), dict(_value(Config(), s) for s in options.set))
-    backbone = load_backbone(options.model)
+    entry = MODELS.get(options.model)
+    if options.untrained and entry is not None:
+        backbone = Backbone(entry.build(entry.spec), choose_device(config.model.device))
+    else:
+        backbone = load_backbone(options.model)
     figures = parts[options.part](options, config, backbone)
     print(json.dumps({"part": options.part, "model": options.model, "set": options.set, "figures": figures}))
 
