@@ -176,7 +176,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "context 4 frames": {"context.frames": 4},
     "context 12 frames": {"context.frames": 12},
     "context 80 frames": {"context.frames": 80},
-    "context of 2 MiB": {"context.budget_mb": 2.0},
+    "context of 3 MiB": {"context.budget_mb": 3.0},
     "no scale prior, no context": {"alignment.scale_prior": False, "context.enabled": False},
     "no token reduction": {"reduction.enabled": False},
     "align dense": {"alignment.mode": "dense"},
