@@ -47,6 +47,7 @@ setup(
         "safetensors",
         "scipy",
         "setuptools",
+        "threadpoolctl",
         "torch>=2.4",
         "tqdm",
     ],

@@ -17,7 +17,9 @@ Errors, over every frame of the input; truth is used for nothing but scoring:
 * AbsRel: mean of |depth / truth - 1| over the pixels that were published, after one scale per sequence; ``covered``:
   the share of published pixels; ``control``: the same pixels with one constant depth per sequence
 * posed: share of frames with a pose, and share of those given out as confident; ``lie``: share of frames whose position
-  is confident but wrong by more than three of its own standard deviations (one scale per sequence)
+  is confident but wrong by more than three of its own standard deviations. Truth is moved and scaled onto the estimate
+  for this, every frame counting by its covariance (a similarity the other way would shrink an estimate that is mostly
+  noise to nothing); less than 2% of the scene's depth is no lie
 
 Prints a table per sequence, writes a plot of the trajectories, last line JSON.
 """
@@ -179,6 +181,15 @@ def position_errors(estimate: np.ndarray, truth: np.ndarray, with_scale: bool) -
     return np.linalg.norm(geometry.transform(S, source) - target, axis=1), scale
 
 
+def sigmas_off(estimate: np.ndarray, truth: np.ndarray, sigma: np.ndarray, floor: float) -> np.ndarray:
+    """How many sigmas [N] each position is off; ``sigma`` [N] in the estimate's units, ``floor`` in metres."""
+    source, target = truth[:, :3, 3], estimate[:, :3, 3]
+    for _ in range(2):  # the floor is in metres, so it needs the scale
+        S = geometry.umeyama(source, target, 1.0 / (sigma**2 + 1e-12))
+        sigma = np.maximum(sigma, floor * float(geometry.scale_of(S)))
+    return np.linalg.norm(geometry.transform(S, source) - target, axis=1) / sigma
+
+
 def rmse(errors: np.ndarray) -> float:
     return float(np.sqrt(np.mean(errors**2)))
 
@@ -238,8 +249,7 @@ def score(run: Run, recording: Recording, resize: Resize) -> dict[str, Any]:
         found[f"rotation_{gap}"], found[f"direction_{gap}"] = relative_errors(run.best, truth, gap, moving)
     if run.states:
         confident = np.array([s is TrackingState.TRACKING for s in run.states])
-        online_error, online_scale = position_errors(run.online, truth, True)
-        lie = confident & (online_error > np.maximum(3 * run.sigma * online_scale, moving))
+        lie = confident & (sigmas_off(run.online, truth, run.sigma, moving / 3) > 3)
         found |= {"posed": len(run.online) / len(truth), "confident": confident.mean(), "lie": float(lie.mean())}
         found |= depth_errors(run, recording, resize)
         found |= {"ms_per_frame": 1e3 * run.seconds / len(truth), "keyframes": run.keyframes}

@@ -77,6 +77,14 @@ def hat(w: np.ndarray) -> np.ndarray:
     return np.stack(rows, axis=-1).reshape(*w.shape[:-1], 3, 3)
 
 
+def adjoint(T: np.ndarray) -> np.ndarray:
+    """[6, 6] that turns a small motion (translation, rotation) in the axes of b into the same in those of a = T_a_b."""
+    out = np.zeros((6, 6))
+    out[:3, :3] = out[3:, 3:] = T[:3, :3]
+    out[:3, 3:] = hat(T[:3, 3]) @ T[:3, :3]
+    return out
+
+
 def se3_exp(xi: np.ndarray) -> np.ndarray:
     """Twists [..., 6] (translation, rotation vector) to [..., 4, 4]; translation is not coupled to rotation."""
     xi = np.asarray(xi, dtype=float)

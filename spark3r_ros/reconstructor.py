@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from spark3r_ros import geometry, map_file
 from spark3r_ros.alignment import Link, View, align
@@ -47,7 +48,7 @@ from spark3r_ros.recovery import Watch, find_again, sighted_pose, sparse_view
 from spark3r_ros.refine import DenseView, DepthPrior, Refiner, dense_depth
 from spark3r_ros.scale import Measurement, OdometrySource, ScaleFilter, from_depth, from_height, from_model
 from spark3r_ros.solver import Solution, Solver
-from spark3r_ros.tracking import LOST_SIGMA, Estimate, NetworkTracker
+from spark3r_ros.tracking import LOST_SIGMA, Estimate, NetworkTracker, with_drift
 from spark3r_ros.tracks import FeatureTracker, Tracks
 from spark3r_ros.trajectory import Trajectory
 from spark3r_ros.windows import DepthMap, Gate, Keyframe, Window, gate
@@ -115,8 +116,10 @@ class Reconstructor:
         if backbone is None:
             backbone = load_backbone(config.model.name, config.model.checkpoint or None, self._device)
         self._backbone = backbone
-        # dense flow depends on the stripes that OpenCV cuts an image into, and these on how many threads are free
+        # dense flow depends on the stripes that OpenCV cuts an image into, and these on how many threads are free;
+        # OpenBLAS threads spin between small products and take the core that the network works on
         cv2.setNumThreads(1)
+        threadpool_limits(1, "blas")
         self._beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="window")
         self.reset()
 
@@ -170,7 +173,7 @@ class Reconstructor:
         self._advance_odometry(estimate.T_world_camera)
         just_lost = segment != self._segment  # features start again with the next frame
         wanted = seen.gate is Gate.KEYFRAME and not just_lost and not self._is_cut_off(seen, estimate)
-        keyframe = self._add_keyframe(seen, estimate.T_world_camera) if wanted else None
+        keyframe = self._add_keyframe(seen, estimate) if wanted else None
         self._record(seen, estimate, keyframe)
         self._work(frame.stamp_ns, interval_ns)
         return self._update([self._pose_of(seen, estimate)])
@@ -244,7 +247,9 @@ class Reconstructor:
     def _newest(self) -> Keyframe:
         return self._keyframes[self._next_keyframe - 1]
 
-    def _add_keyframe(self, seen: Seen, T_world_camera: np.ndarray) -> Keyframe:
+    def _add_keyframe(self, seen: Seen, estimate: Estimate | None) -> Keyframe:
+        """``estimate`` None: before the first window."""
+        T_world_camera = estimate.T_world_camera if estimate is not None else np.eye(4)
         keyframe = Keyframe(
             id=self._next_keyframe,
             frame_index=seen.index,
@@ -256,12 +261,16 @@ class Reconstructor:
             corners=seen.corners,
             segment=self._segment,
         )
+        if keyframe.id:
+            keyframe.median_depth = self._newest.median_depth  # until it has its own
         self._next_keyframe += 1
         self._keyframes[keyframe.id] = keyframe
         self._move(keyframe, T_world_camera)
+        if estimate is not None and self._state is not TrackingState.LOST:  # a lost camera's segment starts afresh
+            keyframe.covariance = estimate.covariance
         tracks = self._features.set_keyframe(keyframe.id)
         if self._refiner is not None:
-            fit = self._refiner.add_keyframe(keyframe.id, tracks, T_world_camera if self._num_windows else None)
+            fit = self._refiner.add_keyframe(keyframe.id, tracks, estimate.tracked if estimate is not None else None)
             keyframe.num_inliers = fit.num_inliers if fit is not None else None
             self._follow_refiner([*self._window.keyframes, keyframe])
         self._window.add(keyframe)
@@ -287,7 +296,7 @@ class Reconstructor:
         """Collect frames until the first window is full, or until too many wait."""
         crowded = len(self._waiting) + 1 >= self.config.window.max_pending
         if seen.gate is Gate.KEYFRAME:
-            self._add_keyframe(seen, np.eye(4))
+            self._add_keyframe(seen, None)
         self._waiting.append(seen)
         waited = 1e-9 * (seen.frame.stamp_ns - self._waiting[0].frame.stamp_ns)
         enough = self._window.can_start and waited >= self.config.window.first_seconds
@@ -304,6 +313,7 @@ class Reconstructor:
             estimate = self._track(seen)
             if keyframe is not None:
                 estimate = replace(estimate, T_world_camera=keyframe.T_world_camera)
+                keyframe.covariance = estimate.covariance
             self._advance_odometry(estimate.T_world_camera)
             self._record(seen, estimate, keyframe or self._keyframe_before(seen.index))
             poses.append(self._pose_of(seen, estimate))
@@ -321,9 +331,19 @@ class Reconstructor:
         if tracked is None:
             self._complete()  # the network has one context
             estimate = self._tracker.track(seen.network.rgb)
+            estimate = self._with_drift(seen, estimate, {self._tracker.anchor.id: 1.0})
             return replace(estimate, confidence=0.0) if self._overlaps_too_little(seen) else estimate
         confidence = _inlier_confidence(tracked.num_inliers) if tracked.is_reliable else 0.0
-        return Estimate(tracked.T_world_camera, tracked.covariance, confidence)
+        estimate = Estimate(tracked.T_world_camera, tracked.covariance, confidence, tracked)
+        return self._with_drift(seen, estimate, tracked.anchors)
+
+    def _with_drift(self, seen: Seen, estimate: Estimate, anchors: Mapping[int, float]) -> Estimate:
+        turn_rate = 0.0
+        if len(self._trajectory):
+            R_last = self._trajectory.world_pose(-1, self._keyframes)[:3, :3]
+            seconds = 1e-9 * (seen.frame.stamp_ns - self._trajectory.last_stamp_ns)
+            turn_rate = float(geometry.rotation_angle(R_last.T @ estimate.T_world_camera[:3, :3])) / seconds
+        return with_drift(estimate, anchors, self._keyframes, turn_rate)
 
     def _overlaps_too_little(self, seen: Seen) -> bool:
         return seen.tracks.survival < self.config.window.lost_overlap

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from spark3r_ros import geometry
 from spark3r_ros.alignment import Link, robust_log_ratio
+from spark3r_ros.refine import TrackedPose
 from spark3r_ros.solver import Solution, Solver
 from spark3r_ros.windows import Keyframe
 
 MIN_ROTATION_SIGMA = 0.002  # rad
 MIN_TRANSLATION_SIGMA = 0.002  # over median depth
+# tracks of one frame err together (blur, shutter, lens, depths of one surface): as so many that do not. This and the
+# next were set on rendered streams: where positions are worst, they are off by one to two sigmas (docs/accuracy.md)
+INDEPENDENT_POINTS = 3
+TIMING_SIGMA = 0.005  # seconds between an image's stamp and the instant that it shows (exposure, readout)
 LOST_SIGMA = 1e3  # rad and output units: nobody should fuse this
 
 
@@ -24,6 +29,35 @@ class Estimate:
     T_world_camera: np.ndarray  # [4, 4]
     covariance: np.ndarray  # [6, 6] x y z in world units, rotation about x y z in rad; in the camera frame
     confidence: float  # in [0, 1]; 0: no information, the pose is a guess
+    tracked: TrackedPose | None = None  # what the sparse map said, where that is where it comes from
+
+
+def with_drift(
+    estimate: Estimate, anchors: Mapping[int, float], keyframes: Mapping[int, Keyframe], turn_rate: float
+) -> Estimate:
+    """Add what a pose is wrong by beyond its covariance against the keyframes that hold it.
+
+    Points that hold it err together, which that covariance cannot know. The keyframes are wrong themselves: errors of a
+    chain add up, and grow with levers. And nobody knows to the millisecond when a turning camera took its image, which
+    little parallax can mistake for a step.
+
+    Args:
+        estimate: a pose and its covariance against the keyframes.
+        anchors: their ids and shares in holding it. What they have is averaged, not fused: it is the same drift.
+        keyframes: by id.
+        turn_rate: rad/s of the camera.
+    """
+    num_points = estimate.tracked.num_inliers if estimate.tracked is not None else 0
+    covariance = estimate.covariance * max(1.0, num_points / INDEPENDENT_POINTS)
+    blur = (TIMING_SIGMA * turn_rate) ** 2 / 3
+    distance = max((keyframes[number].median_depth for number in anchors), default=0.0)
+    covariance += np.diag([blur * distance**2] * 3 + [blur] * 3)
+    T_camera_world = geometry.inverse(estimate.T_world_camera)
+    for number, share in anchors.items():
+        keyframe = keyframes[number]
+        A = geometry.adjoint(T_camera_world @ keyframe.T_world_camera)
+        covariance += share * A @ keyframe.covariance @ A.T
+    return replace(estimate, covariance=covariance)
 
 
 class NetworkTracker:
@@ -50,13 +84,14 @@ class NetworkTracker:
         self._T_window_anchor: np.ndarray | None = None  # asked for when the first frame comes
 
     @property
-    def is_ready(self) -> bool:
-        return self._anchor is not None
+    def anchor(self) -> Keyframe:
+        """The keyframe that poses are relative to."""
+        assert self._anchor is not None, "nothing has been solved yet"
+        return self._anchor
 
     def track(self, rgb: np.ndarray) -> Estimate:
         """Pose of a frame [h, w, 3] uint8 after the anchor keyframe."""
-        anchor = self._anchor
-        assert anchor is not None, "nothing has been solved yet"
+        anchor = self.anchor
         assert anchor.rgb is not None
         if self._solver.has_context:
             if self._T_window_anchor is None:

@@ -37,6 +37,10 @@ class Trajectory:
         self._keyframes[row] = keyframe.id
         self._relative[row] = relative[:3]
 
+    @property
+    def last_stamp_ns(self) -> int:
+        return int(self._stamps[self._count - 1])
+
     def world_pose(self, row: int, keyframes: Mapping[int, Keyframe]) -> np.ndarray:
         """T_world_camera [4, 4] of one frame (-1: the last) as its keyframe stands now."""
         row = row if row >= 0 else self._count + row
@@ -59,7 +63,3 @@ class Trajectory:
         scale = np.array([keyframes[int(k)].scale for k in used])[inverse]
         relative = geometry.make_T(self._relative[rows, :, :3], self._relative[rows, :, 3] * scale[:, None])
         return T @ relative
-
-    def rows_of(self, keyframe_ids: set[int]) -> np.ndarray:
-        """Rows of the frames that hang on one of these keyframes."""
-        return np.flatnonzero(np.isin(self._keyframes[: self._count], list(keyframe_ids)))

@@ -60,6 +60,7 @@ class Keyframe:
     rgb: np.ndarray | None  # [h, w, 3] uint8, network size
     T_world_camera: np.ndarray = field(default_factory=lambda: np.eye(4))  # model scale, as solved
     T_map_camera: np.ndarray = field(default_factory=lambda: np.eye(4))  # the same after loop corrections
+    covariance: np.ndarray = field(default_factory=lambda: np.zeros((6, 6)))  # of T_world_camera, in the camera frame
     segment: int = 0  # keyframes tracked in one go; after being lost a new one begins
     scale: float = 1.0  # map units per world unit here: a loop correction may stretch a keyframe
     dense: DepthMap | None = None

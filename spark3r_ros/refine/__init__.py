@@ -9,7 +9,7 @@ How the corridor uses it (``tracks.py`` makes the tracks; one Refiner per map, d
     pose = refiner.track(tracks, T_guess=None)                    # TrackedPose, or None while there is no map
     if gate says keyframe:
         tracks = tracker.set_keyframe(keyframe_id)                # the same tracks and the new points
-        refiner.add_keyframe(keyframe_id, tracks, T_guess=None)   # poses it, triangulates, small local adjustment
+        refiner.add_keyframe(keyframe_id, tracks, pose=None)   # poses it, triangulates, small local adjustment
     when a window is full:
         refined = refiner.solve(keyframe_ids, T_world_camera, depths)
         # T_world_camera [S, 4, 4]: the network's poses, aligned to the world (first window: as they are), or None

@@ -12,6 +12,7 @@ from spark3r_ros.geometry import hat, inverse, make_T, project_to_so3, se3_exp, 
 GATE_CHI2 = 9.21  # 99 % of a 2D residual
 MIN_INLIERS = 12
 _LOSS = 1.5  # Cauchy scale in standard deviations
+_STEP_TOLERANCE = 1e-5  # rad, and of the scene's distance: less than a hundredth of a pixel
 _TRUST_SHARE = 0.4  # below this share of inliers the start is doubted and a sample consensus is tried
 
 
@@ -96,9 +97,10 @@ def _gauss_newton(landmarks: Landmarks, K: np.ndarray, T_guess: np.ndarray, sigm
         H = np.tensordot(weighted, J_pose, axes=((0, 2), (0, 1)))
         g = np.einsum("nij,nj->i", weighted, residual)
         xi = -np.linalg.solve(H + np.diag(np.diag(H) * damping + 1e-9), g)
-        xi = np.clip(xi, -0.5 * np.median(np.abs(points[:, 2])), 0.5 * np.median(np.abs(points[:, 2])))
+        distance = float(np.median(np.abs(points[:, 2])))
+        xi = np.clip(xi, -0.5 * distance, 0.5 * distance)
         T = T @ se3_exp(xi)
-        if i >= 4 and np.abs(xi).max() < 1e-7:
+        if i >= 4 and np.abs(xi).max() < _STEP_TOLERANCE * min(distance, 1.0):
             break
     T[:3, :3] = project_to_so3(T[:3, :3])
     residual, J, points, front = _residuals(landmarks, K, T)

@@ -45,6 +45,7 @@ _WINDOW_POINTS = 700  # and that a window is adjusted with
 _MAX_FIXED = 8  # older keyframes that hold them
 _MIN_SHARED = 15  # tracks that make two keyframes neighbours
 _RAY_THRESHOLD = 0.02  # radians
+_UNSEEN_STEP = 0.2  # of the scene's distance: how far a camera may have moved where only its rotation is known
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +65,7 @@ class TrackedPose:
     num_inliers: int
     residual_px: float  # median of the inliers; NaN without any
     is_reliable: bool  # False: too few points agreed; translation is a guess and the covariance says so
+    anchors: Mapping[int, float]  # keyframes whose points hold it, with their shares of them: their errors are its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,11 +133,14 @@ class Refiner:
             landmarks = Landmarks(self._table.xyz[rows], self._table.depth_axis(rows), uv[found])
             fit = fit_pose(landmarks, self.K, guess, SIGMA_PX)
             if fit.inlier.sum() >= max(MIN_INLIERS, 0.2 * found.sum()):
-                return self._tracked(fit)
+                return self._tracked(fit, self._table.anchor[rows])
         return self._turned(tracks.ids, uv, nearest, guess)
 
-    def _tracked(self, fit: PoseFit) -> TrackedPose:
-        return TrackedPose(fit.T_world_camera, fit.covariance, int(fit.inlier.sum()), fit.residual_px, True)
+    def _tracked(self, fit: PoseFit, anchor: np.ndarray) -> TrackedPose:
+        """``anchor`` [N]: keyframes of the points that were fitted."""
+        ids, counts = np.unique(anchor[fit.inlier], return_counts=True)
+        anchors = dict(zip(ids.tolist(), (counts / counts.sum()).tolist(), strict=True))
+        return TrackedPose(fit.T_world_camera, fit.covariance, int(fit.inlier.sum()), fit.residual_px, True, anchors)
 
     def _turned(self, ids: np.ndarray, uv: np.ndarray, nearest: Keyframe | None, guess: np.ndarray) -> TrackedPose:
         """Without enough points: the rotation against the nearest keyframe, the translation of the guess."""
@@ -149,19 +154,21 @@ class Refiner:
                 inliers = int(inlier.sum())
                 if inliers >= 8:
                     T[:3, :3] = nearest.T_world_camera[:3, :3] @ R
-                    covariance[3:, 3:] = np.eye(3) * _RAY_THRESHOLD**2
-        return TrackedPose(T, covariance, inliers, float("nan"), False)
+                    covariance = np.diag([(_UNSEEN_STEP * depth) ** 2] * 3 + [_RAY_THRESHOLD**2] * 3)
+        anchors = {nearest.id: 1.0} if nearest is not None else {}
+        return TrackedPose(T, covariance, inliers, float("nan"), False, anchors)
 
     # One keyframe
 
-    def add_keyframe(self, keyframe_id: int, tracks: Tracks, T_guess: np.ndarray | None = None) -> TrackedPose | None:
-        """Pose a keyframe, give depth to its points and adjust it with its neighbours; before the first window: store.
+    def add_keyframe(self, keyframe_id: int, tracks: Tracks, pose: TrackedPose | None = None) -> TrackedPose | None:
+        """Give depth to a keyframe's points and adjust it with its neighbours; before the first window: store.
 
-        ``ValueError`` when the number is not larger than all before.
+        ``pose``: of the same frame, from ``track``; None: asked for here. ``ValueError`` when the number is not larger
+        than all before.
         """
         if self._keyframes and keyframe_id <= max(self._keyframes):
             raise ValueError(f"keyframe ids must grow, got {keyframe_id} after {max(self._keyframes)}")
-        pose = self.track(tracks, T_guess)
+        pose = pose or self.track(tracks)
         self._hear(tracks)
         keyframe = Keyframe(keyframe_id, tracks.ids, *self._read(tracks.uv, tracks.motion), self._readout)
         self._motion[keyframe_id] = tracks.motion
@@ -176,9 +183,7 @@ class Refiner:
         self._extend([keyframe])
         self._forget()
         assert keyframe.T_world_camera is not None
-        return TrackedPose(
-            keyframe.T_world_camera, pose.covariance, pose.num_inliers, pose.residual_px, pose.is_reliable
-        )
+        return replace(pose, T_world_camera=keyframe.T_world_camera)
 
     # One window
 
