@@ -48,7 +48,7 @@ from spark3r_ros.recovery import Watch, find_again, sighted_pose, sparse_view
 from spark3r_ros.refine import DenseView, DepthPrior, Refiner, dense_depth
 from spark3r_ros.scale import Measurement, OdometrySource, ScaleFilter, from_depth, from_height, from_model
 from spark3r_ros.solver import Solution, Solver
-from spark3r_ros.tracking import LOST_SIGMA, Estimate, NetworkTracker, with_drift
+from spark3r_ros.tracking import LOST_SIGMA, MIN_ROTATION_SIGMA, Estimate, NetworkTracker, with_drift
 from spark3r_ros.tracks import FeatureTracker, Tracks
 from spark3r_ros.trajectory import Trajectory
 from spark3r_ros.windows import DepthMap, Gate, Keyframe, Window, gate
@@ -87,6 +87,7 @@ class Job:
     due_ns: int  # stamp from which on it is joined
     solution: Future[Solution]
     link: Link | None = None
+    deeper: dict[int, Future[DepthMap]] = field(default_factory=dict)  # dense depth of the new keyframes, by id
     unfinished: list[Keyframe] = field(default_factory=list)
     is_joined: bool = False
     seconds: float = 0.0
@@ -166,7 +167,7 @@ class Reconstructor:
         """
         interval_ns = frame.stamp_ns - self._last_stamp_ns
         seen = self._see(frame)
-        if not self._num_windows and self._state is TrackingState.INITIALISING:
+        if self._job is None and not self._num_windows and self._state is TrackingState.INITIALISING:
             return self._initialise(seen)
         segment = self._segment
         estimate = self._track_or_lose(seen)
@@ -181,7 +182,9 @@ class Reconstructor:
     def finish(self) -> Update:
         """The stream has ended: solve what is pending, so that every frame has had its pose."""
         if self._waiting:
-            return self._start()
+            poses = self._start(self._last_stamp_ns)
+            self._complete()
+            return self._update(poses)
         before = self._complete()
         if self._window.new:
             self._solve_window()
@@ -300,24 +303,35 @@ class Reconstructor:
         self._waiting.append(seen)
         waited = 1e-9 * (seen.frame.stamp_ns - self._waiting[0].frame.stamp_ns)
         enough = self._window.can_start and waited >= self.config.window.first_seconds
-        return self._start() if self._window.is_full or enough or crowded else self._update([])
+        ready = self._window.is_full or enough or crowded
+        return self._update(self._start(seen.frame.stamp_ns) if ready else [])
 
-    def _start(self) -> Update:
-        """Solve the first window and give every waiting frame its pose."""
-        self._solve_window()
+    def _start(self, stamp_ns: int) -> list[FramePose]:
+        """Solve the first window and give every waiting frame its pose; the rest of it follows piece by piece."""
+        self._begin_window(stamp_ns)
+        assert self._job is not None
+        self._advance(self._job)
+        if self._refiner is None or not self._refiner.is_initialised:
+            self._complete()
+        elif len(self._job.keyframes) > 1:
+            self._state = TrackingState.TRACKING
         waiting, self._waiting = self._waiting, []
         by_frame = {k.frame_index: k for k in self._keyframes.values()}
-        poses = []
+        poses: list[FramePose] = []
         for seen in waiting:
             keyframe = by_frame.get(seen.index)
-            estimate = self._track(seen)
+            if not poses and self._job is not None:  # where the world begins
+                estimate = Estimate(np.eye(4), np.eye(6) * MIN_ROTATION_SIGMA**2, 1.0)
+            else:
+                estimate = self._track(seen)
             if keyframe is not None:
                 estimate = replace(estimate, T_world_camera=keyframe.T_world_camera)
-                keyframe.covariance = estimate.covariance
+                if poses:  # the first is where the world begins
+                    keyframe.covariance = estimate.covariance
             self._advance_odometry(estimate.T_world_camera)
             self._record(seen, estimate, keyframe or self._keyframe_before(seen.index))
             poses.append(self._pose_of(seen, estimate))
-        return self._update(poses)
+        return poses
 
     def _keyframe_before(self, index: int) -> Keyframe:
         return max((k for k in self._keyframes.values() if k.frame_index <= index), key=lambda k: k.id)
@@ -488,12 +502,14 @@ class Reconstructor:
         if self._refiner is not None and len(job.keyframes) > 1:
             self._refine(self._refiner, [*job.keyframes, *self._window.new])
         self._solver.commit(job.keyframes)
+        if self._refiner is not None and self.config.refine.dense:
+            job.deeper = self._deepen(job.new, job.keyframes)
         job.unfinished, job.is_joined = list(job.new), True
 
     def _finish_keyframe(self, job: Job, keyframe: Keyframe, solution: Solution) -> None:
         """Dense depth, points, scale, place and loops of one new keyframe."""
-        if self._refiner is not None and self.config.refine.dense:
-            self._deepen(keyframe, job.keyframes)
+        if keyframe.id in job.deeper:
+            keyframe.dense = job.deeper[keyframe.id].result()
         self._points.set(keyframe.id, self._points_of(keyframe, job.keyframes))
         self._measure_scale(keyframe)
         is_first = keyframe is job.new[0]
@@ -570,19 +586,14 @@ class Reconstructor:
                 K = dense.K if self._solver.K is None else self._solver.K
                 keyframe.dense = replace(dense, depth=(factor * dense.depth).astype(np.float32), K=K)
 
-    def _deepen(self, keyframe: Keyframe, window: Sequence[Keyframe]) -> None:
-        """Dense depth of a keyframe from the flow to the others of its window."""
-        dense = keyframe.dense
-        assert dense is not None
-        views = [
-            DenseView(cv2.cvtColor(k.rgb, cv2.COLOR_RGB2GRAY), k.T_world_camera)
-            for k in window
-            if k is not keyframe and k.rgb is not None
-        ]
-        assert keyframe.rgb is not None
-        own = DenseView(cv2.cvtColor(keyframe.rgb, cv2.COLOR_RGB2GRAY), keyframe.T_world_camera)
-        depth, confidence = dense_depth(own, views, dense.depth, dense.confidence, dense.K)
-        keyframe.dense = replace(dense, depth=depth, confidence=confidence)
+    def _deepen(self, keyframes: Sequence[Keyframe], window: Sequence[Keyframe]) -> dict[int, Future[DepthMap]]:
+        """Dense depth of keyframes from the flow to the others of their window, beside the stream; by id."""
+        views = {k.id: _dense_view(k) for k in window}
+        return {
+            k.id: self._beside.submit(_deepened, k.dense, views[k.id], [v for i, v in views.items() if i != k.id])
+            for k in keyframes
+            if k.dense is not None
+        }
 
     # -- places and loops ----------------------------------------------------------------------------------------
 
@@ -868,6 +879,16 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def _dense_view(keyframe: Keyframe) -> DenseView:
+    assert keyframe.rgb is not None
+    return DenseView(cv2.cvtColor(keyframe.rgb, cv2.COLOR_RGB2GRAY), keyframe.T_world_camera)
+
+
+def _deepened(dense: DepthMap, view: DenseView, others: Sequence[DenseView]) -> DepthMap:
+    depth, confidence = dense_depth(view, others, dense.depth, dense.confidence, dense.K)
+    return replace(dense, depth=depth, confidence=confidence)
 
 
 def _prior(dense: DepthMap) -> DepthPrior:

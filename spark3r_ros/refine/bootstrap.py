@@ -8,7 +8,7 @@ tracks, and the robust cost decides.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -23,6 +23,7 @@ from spark3r_ros.refine.pose import Landmarks, align_rays, fit_pose
 _MIN_COMMON = 30  # tracks of an image pair
 _MAX_PAIRS = 4
 _START_POINTS = 250  # tracks that starts are compared on
+_SAME_COST = 1.01  # starts that end within 1 % of the lowest cost have ended in the same place
 _RAY_THRESHOLD = 0.02  # radians
 
 
@@ -37,16 +38,14 @@ class Start:
 def best_start(
     keyframes: Sequence[Keyframe], K: np.ndarray, T_network: np.ndarray | None, sigma_px: float, focal_sigma: float
 ) -> Start | None:
-    """The start [S, 4, 4] with the lowest robust cost after a short adjustment; None when tracks are too few."""
-    guesses: list[tuple[str, np.ndarray]] = []
-    if T_network is not None:
-        guesses.append(("network", T_network))
-    guesses.append(("rotation", rotation_chain(keyframes, K)))
-    for first, second in _pairs(keyframes):
-        for name, T_first_second in _two_view(keyframes[first], keyframes[second], K):
-            guesses.append((f"{name} {first}-{second}", _chain(keyframes, K, first, second, T_first_second, sigma_px)))
+    """The start [S, 4, 4] with the lowest robust cost after a short adjustment; None when tracks are too few.
+
+    No more are tried when two that came from different places have ended at the same lowest cost. A pure rotation does
+    not count: far from the truth it ends where a bad network ends.
+    """
     best: Start | None = None
-    for name, T in guesses:
+    costs: list[float] = []
+    for name, T in _guesses(keyframes, K, T_network, sigma_px):
         solved = _short_adjustment(keyframes, T, K, sigma_px, focal_sigma, 8)
         if solved is None:
             continue
@@ -55,7 +54,23 @@ def best_start(
             refined = K.copy()
             refined[[0, 1], [0, 1]] = solution.focal
             best = Start(name, solution.T_world_camera, refined, solution.cost)
+        if name != "rotation":
+            costs.append(solution.cost)
+        if sum(cost < _SAME_COST * best.cost for cost in costs) >= 2:
+            break
     return best
+
+
+def _guesses(
+    keyframes: Sequence[Keyframe], K: np.ndarray, T_network: np.ndarray | None, sigma_px: float
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and poses [S, 4, 4], made one at a time."""
+    if T_network is not None:
+        yield "network", T_network
+    yield "rotation", rotation_chain(keyframes, K)
+    for first, second in _pairs(keyframes):
+        for name, T_first_second in _two_view(keyframes[first], keyframes[second], K):
+            yield f"{name} {first}-{second}", _chain(keyframes, K, first, second, T_first_second, sigma_px)
 
 
 def _short_adjustment(

@@ -5,6 +5,7 @@ import pytest
 from sightings import K, ahead, around, forward, in_first_camera, perturbed, sideways, turning, wall
 
 from spark3r_ros.geometry import rotation_angle, umeyama
+from spark3r_ros.refine import bootstrap
 from spark3r_ros.refine.bootstrap import best_start, rays, rotation_chain
 from spark3r_ros.refine.keyframes import Keyframe
 
@@ -120,3 +121,13 @@ def test_rays_have_unit_length_and_the_centre_looks_along_z():
     directions = rays(np.array([K[:2, 2], [0.0, 0.0], [640.0, 480.0]]), K)
     np.testing.assert_allclose(directions[0], [0, 0, 1])
     np.testing.assert_allclose(np.linalg.norm(directions, axis=1), 1.0)
+
+
+def test_starts_that_agree_end_the_search(monkeypatch):
+    tried = []
+    adjustment = bootstrap._short_adjustment
+    monkeypatch.setattr(bootstrap, "_short_adjustment", lambda *a: tried.append(a) or adjustment(*a))
+    world, truth = MOVING["scene"]
+    start = best_start(keyframes(world, truth), K, truth, SIGMA_PX, 0.0)
+    assert position_error(start.T_world_camera, truth) < 0.02
+    assert len(tried) <= 5  # of ten: the network, a rotation, and pairs until two agree

@@ -199,3 +199,20 @@ def test_how_fast_the_network_is_changes_nothing(images, backbone):
     assert results[0][0] == results[1][0]
     assert np.array_equal(results[0][1], results[1][1])
     assert np.array_equal(results[0][2], results[1][2])
+
+
+def test_the_first_poses_do_not_wait_for_the_first_points(images, backbone):
+    """Dense depth of the first window is made piece by piece while the stream goes on; nothing is lost at its end."""
+    reconstructor = Reconstructor(Config(), backbone)
+    updates = [reconstructor.push(f) for f in as_frames(images)]
+    posed = next(i for i, u in enumerate(updates) if u.poses)
+    assert updates[posed].state is TrackingState.TRACKING
+    assert updates[posed].points is None
+    shown = next(i for i, u in enumerate(updates) if u.points is not None)
+    assert posed < shown <= posed + 20
+    short = Reconstructor(Config(), backbone)
+    for frame in as_frames(images[: posed + 1]):
+        assert short.push(frame).points is None
+    end = short.finish()
+    assert end.points is not None
+    assert len(end.points.xyz) > 0
