@@ -48,7 +48,15 @@ from spark3r_ros.recovery import Watch, find_again, sighted_pose, sparse_view
 from spark3r_ros.refine import DenseView, DepthPrior, Refiner, dense_depth
 from spark3r_ros.scale import Measurement, OdometrySource, ScaleFilter, from_depth, from_height, from_model
 from spark3r_ros.solver import Solution, Solver
-from spark3r_ros.tracking import LOST_SIGMA, MIN_ROTATION_SIGMA, Estimate, NetworkTracker, with_drift
+from spark3r_ros.tracking import (
+    LOST_SIGMA,
+    MIN_ROTATION_SIGMA,
+    TIMING_SIGMA,
+    Estimate,
+    NetworkTracker,
+    turn_rates,
+    with_drift,
+)
 from spark3r_ros.tracks import FeatureTracker, Tracks
 from spark3r_ros.trajectory import Trajectory
 from spark3r_ros.windows import DepthMap, Gate, Keyframe, Window, gate
@@ -588,7 +596,9 @@ class Reconstructor:
 
     def _deepen(self, keyframes: Sequence[Keyframe], window: Sequence[Keyframe]) -> dict[int, Future[DepthMap]]:
         """Dense depth of keyframes from the flow to the others of their window, beside the stream; by id."""
-        views = {k.id: _dense_view(k) for k in window}
+        rates = turn_rates(np.stack([k.T_world_camera for k in window]), np.array([k.stamp_ns for k in window]))
+        sigmas = 0.5 * TIMING_SIGMA * rates  # half of the doubt about the instant is common to all frames
+        views = {k.id: _dense_view(k, sigma) for k, sigma in zip(window, sigmas, strict=True)}
         return {
             k.id: self._beside.submit(_deepened, k.dense, views[k.id], [v for i, v in views.items() if i != k.id])
             for k in keyframes
@@ -881,9 +891,9 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _dense_view(keyframe: Keyframe) -> DenseView:
+def _dense_view(keyframe: Keyframe, rotation_sigma: float) -> DenseView:
     assert keyframe.rgb is not None
-    return DenseView(cv2.cvtColor(keyframe.rgb, cv2.COLOR_RGB2GRAY), keyframe.T_world_camera)
+    return DenseView(cv2.cvtColor(keyframe.rgb, cv2.COLOR_RGB2GRAY), keyframe.T_world_camera, rotation_sigma)
 
 
 def _deepened(dense: DepthMap, view: DenseView, others: Sequence[DenseView]) -> DepthMap:

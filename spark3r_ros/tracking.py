@@ -60,6 +60,14 @@ def with_drift(
     return replace(estimate, covariance=covariance)
 
 
+def turn_rates(T_world_camera: np.ndarray, stamp_ns: np.ndarray) -> np.ndarray:
+    """rad/s [S] at each of S poses [S, 4, 4] with stamps [S]: the faster of the ways to its neighbours."""
+    R = T_world_camera[:, :3, :3]
+    angles = geometry.rotation_angle(np.swapaxes(R[:-1], 1, 2) @ R[1:])
+    steps = angles / (1e-9 * np.maximum(np.diff(stamp_ns), 1))
+    return np.maximum(np.append(steps, 0.0), np.append(0.0, steps))
+
+
 class NetworkTracker:
     """Poses frames relative to the newest solved keyframe.
 

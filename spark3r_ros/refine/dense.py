@@ -35,6 +35,7 @@ class DenseView:
 
     gray: np.ndarray  # [H, W] uint8, undistorted
     T_world_camera: np.ndarray  # [4, 4]
+    rotation_sigma: float = 0.0  # rad; what little parallax cannot be told from
 
 
 def dense_depth(
@@ -129,7 +130,8 @@ def _measure(
     with np.errstate(divide="ignore", invalid="ignore"):
         off_line = np.linalg.norm(value - rho[:, None] * slope, axis=1) * focal[0] / np.abs(z)
     good = inside & (rho > 0) & (z > 0) & (round_trip < _MAX_ERROR) & (off_line < _MAX_ERROR)
-    sigma = _FLOW_SIGMA + _FLOW_SIGMA_PER_ERROR * (round_trip + off_line)  # pixels
+    doubt = focal[0] * np.hypot(view.rotation_sigma, other.rotation_sigma)
+    sigma = np.hypot(_FLOW_SIGMA + _FLOW_SIGMA_PER_ERROR * (round_trip + off_line), doubt)  # pixels
     weight = square * (focal[0] / (sigma * np.maximum(z, 1e-6))) ** 2
     return np.where(good, rho, 0.0), np.where(good, weight, 0.0)
 

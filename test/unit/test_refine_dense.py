@@ -89,3 +89,13 @@ def test_same_input_same_depth(window):
     first, again = (dense_depth(views[3], views[:3] + views[4:], depth, confidence, K) for _ in range(2))
     assert np.array_equal(first[0], again[0])
     assert np.array_equal(first[1], again[1])
+
+
+def test_cameras_whose_turn_is_doubtful_measure_less(window):
+    views, truth = window
+    depth, confidence = guess(truth[3])
+    doubtful = [DenseView(v.gray, v.T_world_camera, 0.02) for v in views]
+    _, sure = dense_depth(views[3], views[:3] + views[4:], depth, confidence, K)
+    _, less = dense_depth(doubtful[3], doubtful[:3] + doubtful[4:], depth, confidence, K)
+    assert (less <= sure + 0.05).mean() > 0.9
+    assert (less > 0.5).mean() < 0.5 * (sure > 0.5).mean()

@@ -10,7 +10,7 @@ from spark3r_ros.config import Config, with_values
 from spark3r_ros.geometry import make_T, se3_exp, so3_exp
 from spark3r_ros.reconstructor import Reconstructor
 from spark3r_ros.refine import TrackedPose
-from spark3r_ros.tracking import INDEPENDENT_POINTS, TIMING_SIGMA, Estimate, with_drift
+from spark3r_ros.tracking import INDEPENDENT_POINTS, TIMING_SIGMA, Estimate, turn_rates, with_drift
 from spark3r_ros.windows import Keyframe
 
 OWN = np.diag([0.01, 0.02, 0.03, 0.001, 0.002, 0.003]) ** 2
@@ -64,3 +64,10 @@ def test_the_longer_the_way_the_less_is_known(refine):
     poses = [p for frame in stream.frames for p in reconstructor.push(frame).poses]
     sigma = np.array([np.sqrt(np.trace(p.covariance[:3, :3])) for p in poses])
     assert np.median(sigma[-10:]) > 1.5 * np.median(sigma[10:20])
+
+
+def test_turn_rates_are_those_of_the_faster_neighbour():
+    angles = np.cumsum([0.0, 0.1, 0.4, 0.0])
+    T = make_T(so3_exp(angles[:, None] * np.array([0.0, 1.0, 0.0])), np.zeros((4, 3)))
+    np.testing.assert_allclose(turn_rates(T, np.array([0, 1, 2, 4]) * 10**9), [0.1, 0.4, 0.4, 0.0], atol=1e-6)
+    np.testing.assert_array_equal(turn_rates(T[:1], np.array([5])), [0.0])
