@@ -75,7 +75,8 @@ class FlowField:
         if (target, source) in self._homographies:
             H = self._homographies[target, source]
             return None if H is None else np.linalg.inv(H)
-        (points, descriptors), (others, other_descriptors) = _corners(self._greys[source]), _corners(self._greys[target])
+        points, descriptors = _corners(self._greys[source])
+        others, other_descriptors = _corners(self._greys[target])
         H = None
         if min(len(points), len(others)) >= MIN_MATCHES:
             matches = self._matcher.match(descriptors, other_descriptors)
