@@ -13,6 +13,7 @@ from spark3r_ros.backbone.motion_solver import so3_exp, solve_from_directions, s
 from spark3r_ros.backbone.nano import MOTION_WIDTH, Nano, chain
 from spark3r_ros.backbone.trunk import PassOptions
 from spark3r_ros.config import Config, ContextConfig, ReductionConfig, with_values
+from spark3r_ros.reduction import sensitive_layers
 from spark3r_ros.solver import Solver
 from training.paths import camera_path
 from training.scenes import Scene, camera_matrix
@@ -183,7 +184,8 @@ def test_nothing_waits_for_the_device(monkeypatch):
 
 
 def test_the_users_sensitive_layers_reach_the_context(backbone):
-    for layers, expected in (("", {0, 1, 2}), ("1", {1}), ("none", set())):
+    shipped = set(sensitive_layers(ReductionConfig(), "nano", 3, frozenset()))
+    for layers, expected in (("", shipped), ("1", {1}), ("none", set())):
         config = with_values(Config(), {"reduction.sensitive_layers": layers})
         context = Solver(config, backbone, torch.device("cpu"), np.ones(SIZE, bool)).context
         assert context.spec.sensitive == expected
