@@ -111,6 +111,8 @@ class Received:
     """What the node said."""
 
     odometry: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    arrived: list[float] = field(default_factory=list)  # when, monotonic seconds
+    sent: list[float] = field(default_factory=list)  # when each image was published, in their order
     path: list[tuple[int, np.ndarray]] = field(default_factory=list)
     map: PointBatch | None = None
     points: int = 0
@@ -153,6 +155,7 @@ class Listener:
 
         self.got.odometry.append((stamps.to_ns(msg.header.stamp), conversions.matrix_from_pose(msg.pose.pose)))
         self.got.last_pose = time.monotonic()
+        self.got.arrived.append(self.got.last_pose)
 
     def _on_path(self, msg: Any) -> None:
         from spark3r_ros.ros import conversions, stamps
@@ -249,7 +252,7 @@ def stream(bag: Path, rate: float, log: Path, settings: list[str]) -> tuple[int,
     progress = Progress(len(sources.open_source(bag)), listener.got)
     try:
         with running_node(log, settings) as process:
-            sent, start = play_into(node, bag, rate, process, progress, log)
+            sent, start = play_into(node, bag, rate, process, progress, log, listener.got)
             until = time.monotonic() + SILENCE_S
             while listener.got.looked_at < sent and time.monotonic() < max(until, listener.got.last_pose + SILENCE_S):
                 progress.show("the node catches up", sent)
@@ -266,24 +269,22 @@ def stream(bag: Path, rate: float, log: Path, settings: list[str]) -> tuple[int,
 
 
 def play_into(
-    node: Any, bag: Path, rate: float, process: subprocess.Popen[bytes], progress: Progress, log: Path
+    node: Any, bag: Path, rate: float, process: subprocess.Popen[bytes], progress: Progress, log: Path, got: Received
 ) -> tuple[int, float]:
     """Play the bag when the node listens; returns the images sent and when the first one was."""
     from spark3r_ros.ros.player import PlayError, play
 
-    sent = 0
-
     def on_message(topic: str) -> None:
-        nonlocal sent
-        sent += topic == IMAGES
+        if topic == IMAGES:
+            got.sent.append(time.monotonic())
         check_alive(process, log)
-        progress.show("playing", sent)
+        progress.show("playing", len(got.sent))
 
     try:
         played = play(node, bag, rate=rate, wait_for=[IMAGES], wait_s=120.0, on_message=on_message)
     except PlayError as error:
         raise DemoError(f"{error}: see {log}") from error
-    return sent, time.monotonic() - played.wall_s
+    return len(got.sent), time.monotonic() - played.wall_s
 
 
 def check_alive(process: subprocess.Popen[bytes], log: Path) -> None:
@@ -321,10 +322,25 @@ def compare(trajectory: export.Trajectory, truth: export.Trajectory) -> Accuracy
     return Accuracy(float(error.get_statistic(metrics.StatisticsType.rmse)), float(reference.path_length), moved)
 
 
-def largest_stamp_difference(recording: Path, odometry: export.Trajectory) -> int:
+def largest_stamp_difference(image_stamps: list[int], odometry: export.Trajectory) -> int:
     """Nanoseconds between each pose's stamp and the nearest image's."""
-    images = np.array([frame.stamp_ns for frame in sources.open_source(recording)])
+    images = np.array(image_stamps)
     return max((int(np.abs(images - stamp_ns).min()) for stamp_ns, _ in odometry), default=0)
+
+
+def latency_line(image_stamps: list[int], got: Received) -> str:
+    """From an image's publish() to its pose's arrival; images sent before the first pose came waited for a window."""
+    sent_at = dict(zip(image_stamps, got.sent))
+    both = [(sent_at[s], at) for (s, _), at in zip(got.odometry, got.arrived, strict=True) if s in sent_at]
+    if not both:
+        return "no pose"
+    sent, arrived = np.array(both).T
+    ms, later = 1e3 * (arrived - sent), sent > arrived[0]
+    line = f"{np.median(ms):.0f} ms median, {np.quantile(ms, 0.95):.0f} ms p95"
+    if later.any():
+        waited = int((~later).sum())
+        line += f"; {np.quantile(ms[later], 0.95):.0f} ms p95 without the {waited} that waited for the first window"
+    return line
 
 
 def accuracy_line(trajectory: export.Trajectory, truth: export.Trajectory) -> str:
@@ -335,13 +351,15 @@ def accuracy_line(trajectory: export.Trajectory, truth: export.Trajectory) -> st
 def report(out: Path, recording: Path, sent: int, got: Received, seconds: float, truth_file: Path | None) -> None:
     """Write trajectory, map and picture, and say how it went."""
     cloud = got.map or PointBatch(0, np.zeros((0, 3), np.float32), np.zeros((0, 3), np.uint8), np.zeros(0, np.float32))
+    stamps = [frame.stamp_ns for frame in sources.open_source(recording)]
     lines = [
         f"frames in            {sent}",
         f"poses out            {len(got.odometry)}",
         *(f"{name:20} {count} images" for name, count in got.unused.items()),
-        f"stamp difference     {largest_stamp_difference(recording, got.odometry)} ns at most",
+        f"stamp difference     {largest_stamp_difference(stamps, got.odometry)} ns at most",
         f"points published     {got.points} in {got.clouds} clouds; {len(cloud.xyz)} in the map",
         f"rates                {sent / seconds:.1f} frames/s in, {len(got.odometry) / seconds:.1f} poses/s out",
+        f"image to pose        {latency_line(stamps, got)}",
         f"path                 {export.path_length(got.odometry):.2f} model units",
     ]
     shown: export.Trajectory = ()

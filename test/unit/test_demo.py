@@ -54,7 +54,7 @@ def test_the_sample_is_rendered_once(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "rendered", lambda: pytest.fail("rendered again"))
     assert demo.sample(tmp_path) == (bag, truth)
     odometry = [(written[0], np.eye(4)), (written[2] + 7, np.eye(4))]
-    assert demo.largest_stamp_difference(bag, odometry) == 7
+    assert demo.largest_stamp_difference(written, odometry) == 7
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
@@ -105,3 +105,14 @@ def test_the_truth_in_a_folder_is_used(tmp_path):
     assert demo.known_truth(tmp_path) is None
     (tmp_path / "poses.txt").touch()
     assert demo.known_truth(tmp_path) == tmp_path / "poses.txt"
+
+
+def test_latency_is_from_publish_to_arrival():
+    stamps = [10, 20, 30, 40, 50]
+    got = demo.Received(sent=[0.0, 0.1, 0.2, 0.3, 0.4])
+    got.odometry = [(stamp, np.eye(4)) for stamp in (10, 20, 40, 50)]  # the third image brought no pose
+    got.arrived = [0.25, 0.25, 0.31, 0.41]
+    assert demo.latency_line(stamps, got) == (
+        "80 ms median, 235 ms p95; 10 ms p95 without the 2 that waited for the first window"
+    )
+    assert demo.latency_line(stamps, demo.Received()) == "no pose"
