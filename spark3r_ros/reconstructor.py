@@ -63,7 +63,8 @@ from spark3r_ros.windows import DepthMap, Gate, Keyframe, Window, gate
 
 __all__ = ["FrameError", "MapFileError", "Reconstructor"]
 
-LAG_NS = 300_000_000  # how long the network may work beside the stream before a frame waits for it
+LAG_NS = 400_000_000  # how long the network may work beside the stream before a frame waits for it
+DENSE_LAG_NS = 300_000_000  # and dense depth after it; the frames behind the join catch up meanwhile
 PIECE_NS = 100_000_000  # of a window's further way into the map, one piece is done per so much time between frames
 SIGHTED_SIGMA = 0.01  # rad and share of the scene's distance, of a pose from recognised corners
 PLACE_CONFIDENCE = 0.2  # of depths that places keep: outliers are found when places are matched
@@ -92,7 +93,7 @@ class Job:
     new: list[Keyframe]  # those of them that were in no window before
     before_last: list[Keyframe]  # for motion tokens of the newest
     leaving: list[Keyframe]  # that no later window needs
-    due_ns: int  # stamp from which on it is joined
+    due_ns: int  # stamp from which on its next piece is done
     solution: Future[Solution]
     link: Link | None = None
     deeper: dict[int, Future[DepthMap]] = field(default_factory=dict)  # dense depth of the new keyframes, by id
@@ -184,7 +185,7 @@ class Reconstructor:
         wanted = seen.gate is Gate.KEYFRAME and not just_lost and not self._is_cut_off(seen, estimate)
         keyframe = self._add_keyframe(seen, estimate) if wanted else None
         self._record(seen, estimate, keyframe)
-        self._work(frame.stamp_ns, interval_ns)
+        self._work(frame.stamp_ns, interval_ns, keyframe is not None)
         return self._update([self._pose_of(seen, estimate)])
 
     def finish(self) -> Update:
@@ -318,7 +319,7 @@ class Reconstructor:
         """Solve the first window and give every waiting frame its pose; the rest of it follows piece by piece."""
         self._begin_window(stamp_ns)
         assert self._job is not None
-        self._advance(self._job)
+        self._advance(self._job, stamp_ns)
         if self._refiner is None or not self._refiner.is_initialised:
             self._complete()
         elif len(self._job.keyframes) > 1:
@@ -449,8 +450,8 @@ class Reconstructor:
         """A full window, or, when a lost camera has been found, as little as will do."""
         return self._window.is_full or (self._recovering and self._window.can_start)
 
-    def _work(self, stamp_ns: int, interval_ns: int) -> None:
-        """Bring windows into the map; ``interval_ns``: since the frame before.
+    def _work(self, stamp_ns: int, interval_ns: int, is_busy: bool) -> None:
+        """Bring windows into the map; ``interval_ns``: since the frame before; ``is_busy``: the frame has cost much.
 
         While the sparse map tracks, the network works beside the stream and no frame waits for more than one piece of
         the rest. Which frame does which piece is decided by stamps and keyframes, so results do not depend on how fast
@@ -462,10 +463,10 @@ class Reconstructor:
             found = self._recovering or self._state is TrackingState.LOST
             if self._refiner is None or found or interval_ns >= LAG_NS:  # slow cameras leave time for all of it
                 self._complete()
-        elif self._job is not None and stamp_ns >= self._job.due_ns:
+        elif self._job is not None and stamp_ns >= self._job.due_ns + is_busy * PIECE_NS:
             for _ in range(max(1, interval_ns // PIECE_NS)):
-                if self._job is not None:
-                    self._advance(self._job)
+                if self._job is not None and stamp_ns >= self._job.due_ns:
+                    self._advance(self._job, stamp_ns)
 
     def _solve_window(self) -> None:
         """The whole way of a window into the map, at once."""
@@ -475,7 +476,7 @@ class Reconstructor:
     def _complete(self) -> Solved | None:
         """Finish the window that is under way, if there is one."""
         while self._job is not None:
-            self._advance(self._job)
+            self._advance(self._job, 0)
         return self._solved
 
     def _begin_window(self, stamp_ns: int) -> None:
@@ -486,8 +487,8 @@ class Reconstructor:
         solution = self._beside.submit(self._solver.solve, keyframes, previous)
         self._job = Job(keyframes, new, before_last, self._window.slide(), stamp_ns + LAG_NS, solution)
 
-    def _advance(self, job: Job) -> None:
-        """One piece of a window's way into the map."""
+    def _advance(self, job: Job, stamp_ns: int) -> None:
+        """One piece of a window's way into the map; ``stamp_ns``: now."""
         started = time.perf_counter()
         try:
             solution = job.solution.result()
@@ -496,6 +497,7 @@ class Reconstructor:
             raise
         if not job.is_joined:
             self._join_window(job, solution)
+            job.due_ns = stamp_ns + DENSE_LAG_NS
         elif job.unfinished:
             self._finish_keyframe(job, job.unfinished.pop(0), solution)
         job.seconds += time.perf_counter() - started
