@@ -38,7 +38,7 @@ from spark3r_ros.frame import CameraModel, Frame, PointBatch
 ROOT = Path(__file__).resolve().parent.parent
 PROFILE = ROOT / "config" / "fastdds_shm.xml"
 NODE, IMAGES = "/spark3r", "/camera/image_raw"
-NUM_FRAMES, RATE_HZ, WIDTH, HEIGHT = 240, 20, 640, 480
+NUM_FRAMES, RATE_HZ, WIDTH, HEIGHT = 240, 10, 640, 480
 FIRST_STAMP_NS = 1_700_000_000_123_456_789
 SILENCE_S = 90.0  # without any news: the node is stuck
 
