@@ -26,7 +26,7 @@ from spark3r_ros.frame import DepthImage, FramePose, PointBatch, TrackingState, 
 from spark3r_ros.ros import conversions, interface, qos, stamps
 from spark3r_ros.ros.diagnostics import Statistics
 from spark3r_ros.ros.inputs import Companions
-from spark3r_ros.ros.placement import UNKNOWN, Placement, TwistEstimator, adjoint, covariance_in_parent
+from spark3r_ros.ros.placement import UNKNOWN, Placement, TwistEstimator, covariance_in_parent
 from spark3r_ros.ros.tf import TransformError, Transforms
 from spark3r_ros.ros.tf_output import TransformOutput
 
@@ -178,7 +178,7 @@ class Outputs:
 
     def _set_mount(self, T_body_camera: np.ndarray) -> None:
         self._T_camera_body = geometry.inverse(T_body_camera)
-        self._adjoint_body_camera = adjoint(T_body_camera)
+        self._adjoint_body_camera = geometry.adjoint(T_body_camera)
 
     # ---- the place of the reconstruction ---------------------------------------------------------------------------
 

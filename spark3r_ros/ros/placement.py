@@ -63,15 +63,6 @@ class Placement:
         return self.T_map_world @ T_world_start @ self.T_start_odom
 
 
-def adjoint(T: np.ndarray) -> np.ndarray:
-    """[6, 6]: a small motion (dt, dw) in the axes of T_a_b's b as the motion of a that is rigidly attached, in a's."""
-    x, y, z = T[:3, 3].tolist()
-    out = np.zeros((6, 6))
-    out[:3, :3] = out[3:, 3:] = T[:3, :3]
-    out[:3, 3:] = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]]) @ T[:3, :3]
-    return out
-
-
 def covariance_in_parent(
     covariance: np.ndarray, adjoint_body_camera: np.ndarray, T_parent_body: np.ndarray
 ) -> np.ndarray:

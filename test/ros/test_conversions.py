@@ -139,7 +139,7 @@ def test_covariance_follows_a_rigidly_attached_body():
     translation = moved[:, :3, 3] - T_parent_body[:3, 3]
     rotation = geometry.so3_log(moved[:, :3, :3] @ T_parent_body[:3, :3].T)
     expected = np.cov(np.hstack([translation, rotation]).T)
-    adjoint = placement.adjoint(geometry.inverse(T_camera_body))
+    adjoint = geometry.adjoint(geometry.inverse(T_camera_body))
     got = placement.covariance_in_parent(covariance, adjoint, T_parent_body)
     np.testing.assert_allclose(got, expected, atol=0.05 * np.abs(expected).max())
 
