@@ -13,7 +13,8 @@ GATE_CHI2 = 9.21  # 99 % of a 2D residual
 MIN_INLIERS = 12
 _LOSS = 1.5  # Cauchy scale in standard deviations
 _STEP_TOLERANCE = 1e-5  # rad, and of the scene's distance: less than a hundredth of a pixel
-_TRUST_SHARE = 0.4  # below this share of inliers the start is doubted and a sample consensus is tried
+_TRUST_CHI2 = 36.0  # six sigmas: blur and shutter push points past the gate, a wrong pose pushes them past this
+_TRUST_SHARE = 0.4  # below this share of points within that, the start is doubted and a sample consensus is tried
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,13 +31,14 @@ class PoseFit:
     T_world_camera: np.ndarray  # [4, 4]
     covariance: np.ndarray  # [6, 6] x y z, rotation; in the camera frame
     inlier: np.ndarray  # [N] bool
+    trusted_share: float  # of the points: those that a right pose explains, if not well
     residual_px: float  # median of the inliers; NaN without any
 
 
 def fit_pose(landmarks: Landmarks, K: np.ndarray, T_guess: np.ndarray, sigma_px: float) -> PoseFit:
     """The pose near ``T_guess``, or by sample consensus when too few points agree with that."""
     fit = _gauss_newton(landmarks, K, T_guess, sigma_px)
-    if fit.inlier.sum() >= max(MIN_INLIERS, _TRUST_SHARE * len(landmarks.uv)):
+    if fit.inlier.sum() >= MIN_INLIERS and fit.trusted_share >= _TRUST_SHARE:
         return fit
     start = sample_consensus(landmarks, K, sigma_px)
     if start is None:
@@ -111,18 +113,20 @@ def _gauss_newton(landmarks: Landmarks, K: np.ndarray, T_guess: np.ndarray, sigm
     residual_px = float(np.median(length)) if inlier.any() else float("nan")
     noise = max(1.0, float(squared[inlier].mean()) / 2.0) if inlier.any() else 1.0
     covariance = np.linalg.pinv(H, hermitian=True) * noise
-    return PoseFit(T, covariance, inlier, residual_px)
+    return PoseFit(T, covariance, inlier, float((front & (squared < _TRUST_CHI2)).mean()), residual_px)
 
 
 def align_rays(rays_world: np.ndarray, rays_camera: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
     """Rotation R_world_camera [3, 3] that turns unit rays [N, 3] into each other, robustly, and its inliers [N] bool.
 
-    ``threshold`` in radians. For frames that see nothing whose depth is known.
+    ``threshold`` in radians. For frames that see nothing whose depth is known. What rays close to each other leave
+    open does not turn.
     """
+    still = 1e-6 * np.eye(3)
     weight = np.ones(len(rays_world))
     R = np.eye(3)
     for _ in range(20):
-        R = project_to_so3((rays_world * weight[:, None]).T @ rays_camera)
+        R = project_to_so3((rays_world * weight[:, None]).T @ rays_camera + still)
         error = np.linalg.norm(rays_world - rays_camera @ R.T, axis=1)
         scale = max(float(np.median(error)), threshold / 3)
         weight = 1.0 / (1.0 + (error / scale) ** 2) ** 2

@@ -97,6 +97,7 @@ class Refiner:
         self._motion: dict[int, np.ndarray] = {}  # [2, 3] of each keyframe, see Tracks
         self._table = LandmarkTable()
         self._windows = 0
+        self._last: tuple[np.ndarray, np.ndarray] | None = None  # track numbers [N] and uv [N, 2] of the frame before
 
     @property
     def is_initialised(self) -> bool:
@@ -114,7 +115,8 @@ class Refiner:
     # One frame
 
     def track(self, tracks: Tracks, T_guess: np.ndarray | None = None) -> TrackedPose | None:
-        """Pose a frame against the map, starting at ``T_guess`` [4, 4] or the keyframe it shares most with.
+        """Pose a frame against the map, starting at ``T_guess`` [4, 4], where the frame before was, or at the keyframe
+        that it shares most with.
 
         None while there is no map, or when there is neither a guess nor a keyframe in common.
         """
@@ -124,8 +126,12 @@ class Refiner:
         uv_read, shutter = self._read(tracks.uv, tracks.motion)
         uv = uv_read - self._readout * shutter
         nearest = self._nearest_keyframe(tracks.ids)
-        guess = T_guess if T_guess is not None else (nearest.T_world_camera if nearest is not None else None)
-        if guess is None:
+        R_last_here = self._turn(tracks.ids, uv)
+        if T_guess is not None:
+            guess = T_guess @ R_last_here
+        elif nearest is not None and nearest.T_world_camera is not None:
+            guess = nearest.T_world_camera
+        else:
             return None
         rows, found = self._table.find(tracks.ids)
         if found.sum() >= 6:
@@ -135,6 +141,15 @@ class Refiner:
             if fit.inlier.sum() >= max(MIN_INLIERS, 0.2 * found.sum()):
                 return self._tracked(fit, self._table.anchor[rows])
         return self._turned(tracks.ids, uv, nearest, guess)
+
+    def _turn(self, ids: np.ndarray, uv: np.ndarray) -> np.ndarray:
+        """Rotation [4, 4] of the points since the frame before: what a guess misses most when a camera turns fast."""
+        last, self._last = self._last, (ids, uv)
+        if last is None:
+            return np.eye(4)
+        _, here, there = np.intersect1d(ids, last[0], assume_unique=True, return_indices=True)
+        R, inlier = align_rays(rays(last[1][there], self.K), rays(uv[here], self.K), _RAY_THRESHOLD)
+        return make_T(R, np.zeros(3)) if inlier.sum() >= MIN_INLIERS else np.eye(4)
 
     def _tracked(self, fit: PoseFit, anchor: np.ndarray) -> TrackedPose:
         """``anchor`` [N]: keyframes of the points that were fitted."""
