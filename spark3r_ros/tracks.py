@@ -25,6 +25,9 @@ _FORWARD_BACKWARD_PX = 0.8
 _SETTLE_PX = 2.0  # a point that its keyframe patch moves further than this is kept where the chain left it
 _EPIPOLAR_PX = 1.5
 _MIN_MATCHES = 16
+_ENOUGH_MATCHES = 60  # with the last keyframe, in the smaller image; with fewer the whole image is searched
+_SMALLER = 0.5  # of the size: a quarter of the time, and a fast camera blurs what is lost
+_SLOW_S = 0.3  # seconds between frames that leave time, and bring baselines, for the whole image at once
 _KEPT_KEYFRAMES = 6  # that descriptors are compared with
 _DESCRIBED_LATE = 2  # of them that get descriptors when none were needed at their time
 _GRID = (8, 6)
@@ -99,14 +102,15 @@ class FeatureTracker:
             raise ValueError(f"the image size changed from {self._gray.shape} to {gray.shape}; reset the tracker")
         previous, self._gray, self._features = self._gray, gray, None
         late: tuple[LateMatches, ...] = ()
+        seconds = 0.0 if stamp_ns is None else 1e-9 * (stamp_ns - self._stamp_ns)
         if previous is not None and self._keyframes:
             ids, uv = self._ids, self._uv
             self._follow(previous, gray)
             if len(self._ids) < max(self._config.min_survival * len(ids), _MIN_MATCHES * 2):
-                late = self._match(gray)
+                late = self._match(gray, _SMALLER if 0 < seconds < _SLOW_S else 1.0)
                 if self._keyframes[-1].gray is previous:
                     ids, uv = _with_late(ids, uv, late, self._keyframes[-1].id)
-            self._measure_motion(ids, uv, 0.0 if stamp_ns is None else 1e-9 * (stamp_ns - self._stamp_ns))
+            self._measure_motion(ids, uv, seconds)
         self._stamp_ns = stamp_ns or 0
         return self._tracks(late)
 
@@ -249,27 +253,34 @@ class FeatureTracker:
 
     # Wide baselines
 
-    def _match(self, gray: np.ndarray) -> tuple[LateMatches, ...]:
-        """Find the points of the last keyframes by their descriptors."""
-        here = self._extract(gray)
+    def _match(self, gray: np.ndarray, scale: float) -> tuple[LateMatches, ...]:
+        """Find the points of the last keyframes by their descriptors, in the image at a ``scale`` of its size."""
+        here, pairs = self._compare(gray, scale)
+        if scale < 1.0 and (len(pairs) == 0 or len(pairs[0][1]) < _ENOUGH_MATCHES):
+            here, pairs = self._compare(gray, 1.0)
         self._features = here
-        late = []
-        for age, keyframe in enumerate(reversed(self._keyframes)):
-            if keyframe.features is None:
-                if age >= _DESCRIBED_LATE:
-                    continue
-                keyframe.features = self._extract(keyframe.gray)
-                count = len(keyframe.features.ids)
-                keyframe.features.ids = np.arange(self._next_id, self._next_id + count, dtype=np.int64)
-                self._next_id += count
-            matches = self._match_features(here, keyframe.features)
-            late.append(_claim(here, keyframe, matches))
+        late = [_claim(here, keyframe, matches) for keyframe, matches in pairs]
         self._take_over(here)
         return tuple(found for found in late if len(found.ids))
 
-    def _extract(self, gray: np.ndarray) -> _Features:
-        keypoints, descriptors = self._sift.detectAndCompute(gray, None)
-        uv = np.array([k.pt for k in keypoints], dtype=float).reshape(-1, 2)
+    def _compare(self, gray: np.ndarray, scale: float) -> tuple[_Features, list[tuple[_Keyframe, np.ndarray]]]:
+        """Features of an image at a share of its size, and the pairs of them with those of the last keyframes."""
+        here = self._extract(gray, scale)
+        pairs = []
+        for age, keyframe in enumerate(reversed(self._keyframes)):
+            if keyframe.features is None and age < _DESCRIBED_LATE:
+                keyframe.features = self._extract(keyframe.gray, scale)
+                count = len(keyframe.features.ids)
+                keyframe.features.ids = np.arange(self._next_id, self._next_id + count, dtype=np.int64)
+                self._next_id += count
+            if keyframe.features is not None:
+                pairs.append((keyframe, self._match_features(here, keyframe.features)))
+        return here, pairs
+
+    def _extract(self, gray: np.ndarray, scale: float) -> _Features:
+        small = gray if scale == 1.0 else cv2.resize(gray, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        keypoints, descriptors = self._sift.detectAndCompute(small, None)
+        uv = (np.array([k.pt for k in keypoints], dtype=float).reshape(-1, 2) + 0.5) / scale - 0.5
         if len(uv) == 0:
             return _Features(uv, np.zeros((0, 128), np.float32), np.zeros(0, np.int64), np.zeros(0, bool))
         _, first = np.unique(np.round(uv, 1), axis=0, return_index=True)  # one orientation per place

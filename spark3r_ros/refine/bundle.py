@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from spark3r_ros.geometry import hat, so3_exp
+from spark3r_ros.geometry import so3_exp
 
 _MIN_DEPTH = 1e-6  # of the homogeneous z: below, the point is beside or behind the camera
 
@@ -83,7 +83,7 @@ class _Frozen:
     problem: Problem
     R_anchor: np.ndarray  # [P, 3, 3]
     t_anchor: np.ndarray  # [P, 3]
-    free_index: np.ndarray  # [K] column block of a camera, -1 when fixed
+    pair: np.ndarray  # [M] camera * K + anchor of the point
     by_camera: tuple[np.ndarray, ...]  # observations of each free camera
     starts: np.ndarray  # [P] first observation of each point
     open_globals: np.ndarray  # which of (log focal, readout) are free
@@ -139,27 +139,34 @@ def _freeze(problem: Problem, loss_px: float) -> tuple[_Frozen, _State]:
     local = np.einsum("pji,pj->pi", R_anchor, problem.xyz - t_anchor)
     depth = np.maximum(local[:, 2], 1e-3 * np.median(np.abs(local[:, 2])) + 1e-9)
     abr = np.stack([local[:, 0] / depth, local[:, 1] / depth, 1.0 / depth], axis=1)
-    free_index = np.full(len(R), -1)
-    free_index[problem.is_free] = np.arange(int(problem.is_free.sum()))
+    pair = problem.camera * len(R) + problem.anchor[problem.point]
     by_camera = tuple(np.flatnonzero(problem.camera == k) for k in np.flatnonzero(problem.is_free))
     starts = np.searchsorted(problem.point, np.arange(len(problem.xyz)))
     floor = 1e-3 * float(np.median(abr[:, 2]))
     open_globals = np.flatnonzero([problem.focal_sigma > 0, problem.readout_sigma > 0])
-    frozen = _Frozen(problem, R_anchor, t_anchor, free_index, by_camera, starts, open_globals, loss_px, floor)
+    frozen = _Frozen(problem, R_anchor, t_anchor, pair, by_camera, starts, open_globals, loss_px, floor)
     return frozen, _State(R, t, 0.0, problem.readout, abr)
 
 
-def _project(frozen: _Frozen, state: _State) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Homogeneous camera points q [M, 3] (depth times inverse depth), focal [2], residuals [M, 2]."""
+def _project(frozen: _Frozen, state: _State) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Homogeneous camera points q [M, 3] (depth times inverse depth), their derivative by (a, b, r) [M, 3, 3], focal
+    [2], residuals [M, 2].
+    """
     problem = frozen.problem
-    direction = np.einsum("pij,pj->pi", frozen.R_anchor[:, :, :2], state.abr[:, :2]) + frozen.R_anchor[:, :, 2]
-    p, k = problem.point, problem.camera
-    h = direction[p] + state.abr[p, 2:] * (frozen.t_anchor[p] - state.t[k])
-    q = np.einsum("mji,mj->mi", state.R[k], h)
+    T = problem.T_world_camera
+    R_camera = np.swapaxes(state.R, 1, 2)[:, None]
+    R_camera_anchor = R_camera @ T[:, :3, :3]  # [K, K, 3, 3]
+    anchor_in_camera = (R_camera @ (T[:, :3, 3] - state.t[:, None])[..., None])[..., 0]  # [K, K, 3]
+    basis = R_camera_anchor.copy()
+    basis[..., 2] = anchor_in_camera
+    q_by_abr = basis.reshape(-1, 3, 3)[frozen.pair]
+    abr = state.abr[problem.point]
+    axis = R_camera_anchor[..., 2].reshape(-1, 3)[frozen.pair]
+    q = axis + sum(q_by_abr[:, :, i] * abr[:, i, None] for i in range(3))
     focal = problem.focal * np.exp(state.log_focal)
     z = np.maximum(q[:, 2:], _MIN_DEPTH)
     residual = q[:, :2] / z * focal + problem.centre - problem.uv + state.readout * problem.shutter
-    return q, focal, residual
+    return q, q_by_abr, focal, residual
 
 
 def _prior_residual(frozen: _Frozen, state: _State) -> np.ndarray:
@@ -183,7 +190,7 @@ def _loss(squared: np.ndarray, scale: float) -> np.ndarray:
 
 
 def _cost(frozen: _Frozen, state: _State) -> float:
-    q, _, residual = _project(frozen, state)
+    q, _, _, residual = _project(frozen, state)
     squared = _squared_length(residual) / frozen.problem.sigma_px**2
     squared = np.where(q[:, 2] > _MIN_DEPTH, squared, 1e6)
     cost = _loss(squared, frozen.loss_px).sum() + _loss(_prior_residual(frozen, state) ** 2, 1.0).sum()
@@ -200,34 +207,35 @@ class _System:
     g_p: np.ndarray  # [P, 3]
 
 
-def _jacobians(frozen: _Frozen, state: _State) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Residuals [M, 2], J of camera [M, 2, 6], of point [M, 2, 3], of free camera parameters [M, 2, G]; weights [M]."""
+def _jacobians(frozen: _Frozen, state: _State) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Residuals [M, 2], J of camera [M, 2, 6], of point [M, 2, 3], of free camera parameters [M, 2, G]; weighted.
+
+    Products are written out: numpy is slow at many small matrices.
+    """
     problem = frozen.problem
-    q, focal, residual = _project(frozen, state)
-    p, k = problem.point, problem.camera
-    inv_z = 1.0 / np.maximum(q[:, 2], _MIN_DEPTH)
-    J_q = np.zeros((len(q), 2, 3))
-    J_q[:, 0, 0], J_q[:, 1, 1] = focal[0] * inv_z, focal[1] * inv_z
-    projected = q[:, :2] * inv_z[:, None] * focal
-    J_q[:, :, 2] = -projected * inv_z[:, None]
-    J_camera = np.concatenate([-state.abr[p, 2][:, None, None] * J_q, J_q @ hat(q)], axis=2)
-    columns = np.empty((len(q), 3, 3))
-    columns[:, :, :2] = frozen.R_anchor[p][:, :, :2]
-    columns[:, :, 2] = frozen.t_anchor[p] - state.t[k]
-    J_point = J_q @ (np.swapaxes(state.R[k], 1, 2) @ columns)
+    q, q_by_abr, focal, residual = _project(frozen, state)
     squared = _squared_length(residual) / problem.sigma_px**2
     weight = 1.0 / (1.0 + squared / frozen.loss_px**2) / problem.sigma_px**2
-    weight = np.where(q[:, 2] > _MIN_DEPTH, weight, 0.0)
-    J_globals = np.stack([projected, problem.shutter], axis=2)[:, :, frozen.open_globals]
-    return residual, J_camera, J_point, J_globals, weight
+    root = np.sqrt(np.where(q[:, 2] > _MIN_DEPTH, weight, 0.0))[:, None]
+    inv_z = 1.0 / np.maximum(q[:, 2:], _MIN_DEPTH)
+    xy = q[:, :2] * inv_z
+    by_xy = focal * root  # [M, 2] of pixels by x / z and y / z
+    by_q = by_xy * inv_z
+    J_camera = np.zeros((len(q), 2, 6))
+    r = state.abr[problem.point, 2:]
+    J_camera[:, 0, 0], J_camera[:, 1, 1] = (-r * by_q).T
+    J_camera[:, :, 2] = r * by_q * xy
+    J_camera[:, 0, 3], J_camera[:, 1, 3] = by_xy[:, 0] * xy[:, 0] * xy[:, 1], by_xy[:, 1] * (1.0 + xy[:, 1] ** 2)
+    J_camera[:, 0, 4], J_camera[:, 1, 4] = -by_xy[:, 0] * (1.0 + xy[:, 0] ** 2), -by_xy[:, 1] * xy[:, 0] * xy[:, 1]
+    J_camera[:, 0, 5], J_camera[:, 1, 5] = by_xy[:, 0] * xy[:, 1], -by_xy[:, 1] * xy[:, 0]
+    J_point = by_q[..., None] * (q_by_abr[:, :2] - xy[..., None] * q_by_abr[:, 2:])
+    J_globals = np.stack([by_xy * xy, root * problem.shutter], axis=2)[:, :, frozen.open_globals]
+    return residual * root, J_camera, J_point, J_globals
 
 
 def _linearise(frozen: _Frozen, state: _State) -> _System:
     problem = frozen.problem
-    residual, J_camera, J_point, J_globals, weight = _jacobians(frozen, state)
-    root = np.sqrt(weight)[:, None]
-    residual = residual * root
-    J_camera, J_point, J_globals = J_camera * root[..., None], J_point * root[..., None], J_globals * root[..., None]
+    residual, J_camera, J_point, J_globals = _jacobians(frozen, state)
     num_points, num_free, num_globals = len(state.abr), len(frozen.by_camera), len(frozen.open_globals)
     size = 6 * num_free + num_globals
     tail = slice(6 * num_free, size)
@@ -240,16 +248,15 @@ def _linearise(frozen: _Frozen, state: _State) -> _System:
         g_c[block] = J.T @ residual[rows].ravel()
         H_pc[:, problem.point[rows], block] = np.einsum("nip,nic->pnc", J_point[rows], J_camera[rows])
         H_cc[block, tail] = J.T @ J_globals[rows].reshape(2 * len(rows), num_globals)
-    J_point_t = np.swapaxes(J_point, 1, 2)
-    H_pp = _sum_by_point(frozen, J_point_t @ J_point)
-    g_p = _sum_by_point(frozen, (J_point_t @ residual[..., None])[..., 0])
+    H_pp = _sum_by_point(frozen, np.einsum("mni,mnj->mij", J_point, J_point))
+    g_p = _sum_by_point(frozen, np.einsum("mni,mn->mi", J_point, residual))
     if num_globals:
         J = J_globals.reshape(2 * len(J_globals), num_globals)
         difference, information = _global_priors(frozen, state)
         H_cc[tail, : 6 * num_free] = H_cc[: 6 * num_free, tail].T
         H_cc[tail, tail] = J.T @ J + np.diag(information)
         g_c[tail] = J.T @ residual.ravel() + information * difference
-        H_pc[:, :, tail] = np.moveaxis(_sum_by_point(frozen, J_point_t @ J_globals), 1, 0)
+        H_pc[:, :, tail] = np.moveaxis(_sum_by_point(frozen, np.einsum("mni,mnj->mij", J_point, J_globals)), 1, 0)
     prior = _prior_residual(frozen, state)
     prior_J = 1.0 / (problem.prior_inverse_depth * problem.prior_sigma)
     prior_weight = 1.0 / (1.0 + prior**2)
@@ -323,7 +330,7 @@ def _moved(frozen: _Frozen, state: _State, d_c: np.ndarray, d_p: np.ndarray) -> 
 
 def _solution(frozen: _Frozen, state: _State, cost: float, iterations: int) -> Solution:
     problem = frozen.problem
-    q, focal, residual = _project(frozen, state)
+    q, _, focal, residual = _project(frozen, state)
     length = np.where(q[:, 2] > _MIN_DEPTH, np.linalg.norm(residual, axis=1), np.inf)
     direction = np.einsum("pij,pj->pi", frozen.R_anchor[:, :, :2], state.abr[:, :2]) + frozen.R_anchor[:, :, 2]
     xyz = frozen.t_anchor + direction / state.abr[:, 2:]

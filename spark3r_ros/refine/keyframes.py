@@ -9,7 +9,7 @@ import numpy as np
 
 from spark3r_ros.geometry import inverse
 from spark3r_ros.refine.bundle import Problem, Solution
-from spark3r_ros.refine.landmarks import LandmarkTable, first_inverse_depth
+from spark3r_ros.refine.landmarks import LandmarkTable, among, first_inverse_depth
 
 FLAT_PRIOR_SIGMA = 3.0  # of an inverse depth about which nothing is known but that of its neighbours in the image
 NETWORK_PRIOR_SIGMA = (
@@ -39,7 +39,7 @@ class Keyframe:
 
     def add(self, ids: np.ndarray, uv_read: np.ndarray, shutter: np.ndarray) -> None:
         """Observations that were recognised later."""
-        fresh = ~np.isin(ids, self.ids)
+        fresh = ~among(ids, self.ids)
         count = int(fresh.sum())
         order = np.argsort(np.concatenate([self.ids, ids[fresh]]), kind="stable")
         self.ids = np.concatenate([self.ids, ids[fresh]])[order]
@@ -88,7 +88,8 @@ def assemble(
     wanted = (count >= 2) & (np.bincount(point, is_free[camera], len(unique)) > 0)
     if 0 < max_points < wanted.sum():
         best = np.argsort(-(count * wanted), kind="stable")[:max_points]
-        wanted = np.isin(np.arange(len(unique)), best)
+        wanted = np.zeros(len(unique), bool)
+        wanted[best] = True
     if wanted.sum() < 8:
         return None
     keep = wanted[point]
@@ -182,7 +183,7 @@ def write_back(assembled: Assembled, solution: Solution, table: LandmarkTable, g
     """
     problem = assembled.problem
     inlier = solution.residual_px < gate_px
-    left_out = ~np.isin(table.ids, assembled.ids)
+    left_out = ~among(table.ids, assembled.ids)
     for k in np.flatnonzero(problem.is_free):
         keyframe, T_new = assembled.keyframes[k], solution.T_world_camera[k]
         table.move(left_out & (table.anchor == keyframe.id), T_new @ inverse(problem.T_world_camera[k]))

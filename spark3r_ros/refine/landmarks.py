@@ -7,6 +7,13 @@ import numpy as np
 from spark3r_ros.geometry import transform
 
 
+def among(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Which of the numbers [N] are ``known`` [K], ascending. [N] bool; several times as fast as numpy's ``isin``."""
+    if len(known) == 0:
+        return np.zeros(len(ids), bool)
+    return np.asarray(known[np.searchsorted(known, ids).clip(0, len(known) - 1)] == ids)
+
+
 class LandmarkTable:
     """Columns sorted by track number; rows come and go, numbers never change."""
 
@@ -30,8 +37,8 @@ class LandmarkTable:
     def put(
         self, ids: np.ndarray, xyz: np.ndarray, depth_sigma: np.ndarray, anchor: np.ndarray, origin: np.ndarray
     ) -> None:
-        """Insert or overwrite."""
-        keep = ~np.isin(self.ids, ids)
+        """Insert or overwrite rows of ascending numbers."""
+        keep = ~among(self.ids, ids)
         order = np.argsort(np.concatenate([self.ids[keep], ids]), kind="stable")
         self.ids = np.concatenate([self.ids[keep], ids])[order]
         self.xyz = np.concatenate([self.xyz[keep], xyz])[order]
@@ -40,7 +47,7 @@ class LandmarkTable:
         self.origin = np.concatenate([self.origin[keep], origin])[order]
 
     def drop(self, ids: np.ndarray) -> None:
-        self.select(~np.isin(self.ids, ids))
+        self.select(~among(self.ids, ids))
 
     def select(self, keep: np.ndarray) -> None:
         """Keep the rows where ``keep`` [N] bool."""

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from spark3r_ros.geometry import hat, inverse, make_T, project_to_so3, se3_exp, so3_exp
+from spark3r_ros.geometry import inverse, make_T, project_to_so3, se3_exp, so3_exp
 
 GATE_CHI2 = 9.21  # 99 % of a 2D residual
 MIN_INLIERS = 12
 _LOSS = 1.5  # Cauchy scale in standard deviations
-_STEP_TOLERANCE = 1e-5  # rad, and of the scene's distance: less than a hundredth of a pixel
+_STEP_TOLERANCE = 3e-5  # rad, and of the scene's distance: a few hundredths of a pixel
 _TRUST_CHI2 = 36.0  # six sigmas: blur and shutter push points past the gate, a wrong pose pushes them past this
 _TRUST_SHARE = 0.4  # below this share of points within that, the start is doubted and a sample consensus is tried
 
@@ -63,57 +63,71 @@ def sample_consensus(landmarks: Landmarks, K: np.ndarray, sigma_px: float) -> np
     return inverse(make_T(so3_exp(rotation.ravel()), translation.ravel()))
 
 
-def _residuals(
-    landmarks: Landmarks, K: np.ndarray, T: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Residuals [N, 2], Jacobian of pixels by camera point [N, 2, 3], camera points [N, 3], in front [N] bool."""
+@dataclass(frozen=True, eq=False)
+class _Look:
+    """The points as a camera at some pose sees them; N points, in standard deviations of a pixel."""
+
+    residual: np.ndarray  # [N, 2]
+    J: np.ndarray  # [N, 2, 6] by the pose: x y z, rotation; in the camera frame
+    spread: np.ndarray  # [N, 2] residual for one standard deviation of the point's depth
+    squared: np.ndarray  # [N] Mahalanobis length of the residual: pixel noise and what the uncertain depth adds
+    depth: np.ndarray  # [N]
+    front: np.ndarray  # [N] bool
+
+
+def _look(landmarks: Landmarks, K: np.ndarray, T: np.ndarray, sigma_px: float) -> _Look:
     points = (landmarks.xyz - T[:3, 3]) @ T[:3, :3]
+    axis = landmarks.depth_axis @ T[:3, :3]
     front = points[:, 2] > 1e-6
-    inv_z = 1.0 / np.where(front, points[:, 2], 1.0)
-    projected = points[:, :2] * inv_z[:, None] * np.array([K[0, 0], K[1, 1]])
-    J = np.zeros((len(points), 2, 3))
-    J[:, 0, 0], J[:, 1, 1] = K[0, 0] * inv_z, K[1, 1] * inv_z
-    J[:, :, 2] = -projected * inv_z[:, None]
-    return projected + K[:2, 2] - landmarks.uv, J, points, front
+    inv_z = 1.0 / np.where(front, points[:, 2], 1.0)[:, None]
+    xy = points[:, :2] * inv_z
+    focal = np.array([K[0, 0], K[1, 1]])
+    by_xy = focal / sigma_px
+    residual = (xy * focal + K[:2, 2] - landmarks.uv) / sigma_px
+    by_z = by_xy * inv_z
+    J = np.zeros((len(points), 2, 6))
+    J[:, 0, 0], J[:, 1, 1] = -by_z.T
+    J[:, :, 2] = by_z * xy
+    J[:, 0, 3], J[:, 1, 3] = by_xy[0] * xy[:, 0] * xy[:, 1], by_xy[1] * (1.0 + xy[:, 1] ** 2)
+    J[:, 0, 4], J[:, 1, 4] = -by_xy[0] * (1.0 + xy[:, 0] ** 2), -by_xy[1] * xy[:, 0] * xy[:, 1]
+    J[:, 0, 5], J[:, 1, 5] = by_xy[0] * xy[:, 1], -by_xy[1] * xy[:, 0]
+    spread = by_z * (axis[:, :2] - xy * axis[:, 2:])
+    explained = (residual * spread).sum(axis=1) ** 2 / (1.0 + (spread**2).sum(axis=1))
+    return _Look(residual, J, spread, (residual**2).sum(axis=1) - explained, points[:, 2], front)
 
 
-def _information(J: np.ndarray, axis: np.ndarray, sigma_px: float) -> np.ndarray:
-    """Inverse covariance [N, 2, 2] of residuals: pixel noise plus what the uncertain depth of the point adds."""
-    spread = (J @ axis[..., None])[..., 0]
-    outer = spread[:, :, None] * spread[:, None, :]
-    length = (spread**2).sum(axis=1)[:, None, None]
-    return (np.eye(2) - outer / (sigma_px**2 + length)) / sigma_px**2
+def _normal_equations(look: _Look, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """H [6, 6] and g [6]; a residual's inverse covariance is 1 - s s' / (1 + s's), with s its ``spread``."""
+    J = look.J.reshape(-1, 6)
+    weighted = J * np.repeat(weight, 2)[:, None]
+    J_spread = np.einsum("nip,ni->np", look.J, look.spread)
+    taken = J_spread * (weight / (1.0 + (look.spread**2).sum(axis=1)))[:, None]
+    H = weighted.T @ J - taken.T @ J_spread
+    return H, weighted.T @ look.residual.ravel() - taken.T @ (look.residual * look.spread).sum(axis=1)
 
 
 def _gauss_newton(landmarks: Landmarks, K: np.ndarray, T_guess: np.ndarray, sigma_px: float) -> PoseFit:
     T = T_guess.copy()
     damping, H = 1e-6, np.eye(6)
     for i in range(15):
-        residual, J, points, front = _residuals(landmarks, K, T)
-        information = _information(J, landmarks.depth_axis @ T[:3, :3], sigma_px)
-        squared = np.einsum("ni,nij,nj->n", residual, information, residual)
+        look = _look(landmarks, K, T, sigma_px)
         loss = _LOSS * (4.0 if i < 3 else 1.0)  # wide at first: the guess may be many pixels off
-        weight = np.where(front, 1.0 / (1.0 + squared / loss**2), 0.0)
-        J_pose = np.concatenate([-J, J @ hat(points)], axis=2)  # [N, 2, 6]
-        weighted = np.swapaxes(J_pose, 1, 2) @ (information * weight[:, None, None])  # [N, 6, 2]
-        H = np.tensordot(weighted, J_pose, axes=((0, 2), (0, 1)))
-        g = np.einsum("nij,nj->i", weighted, residual)
+        H, g = _normal_equations(look, np.where(look.front, 1.0 / (1.0 + look.squared / loss**2), 0.0))
         xi = -np.linalg.solve(H + np.diag(np.diag(H) * damping + 1e-9), g)
-        distance = float(np.median(np.abs(points[:, 2])))
+        distance = float(np.median(np.abs(look.depth)))
         xi = np.clip(xi, -0.5 * distance, 0.5 * distance)
         T = T @ se3_exp(xi)
         if i >= 4 and np.abs(xi).max() < _STEP_TOLERANCE * min(distance, 1.0):
             break
     T[:3, :3] = project_to_so3(T[:3, :3])
-    residual, J, points, front = _residuals(landmarks, K, T)
-    information = _information(J, landmarks.depth_axis @ T[:3, :3], sigma_px)
-    squared = np.einsum("ni,nij,nj->n", residual, information, residual)
-    inlier = front & (squared < GATE_CHI2)
-    length = np.linalg.norm(residual[inlier], axis=1)
+    look = _look(landmarks, K, T, sigma_px)
+    inlier = look.front & (look.squared < GATE_CHI2)
+    length = sigma_px * np.linalg.norm(look.residual[inlier], axis=1)
     residual_px = float(np.median(length)) if inlier.any() else float("nan")
-    noise = max(1.0, float(squared[inlier].mean()) / 2.0) if inlier.any() else 1.0
+    noise = max(1.0, float(look.squared[inlier].mean()) / 2.0) if inlier.any() else 1.0
     covariance = np.linalg.pinv(H, hermitian=True) * noise
-    return PoseFit(T, covariance, inlier, float((front & (squared < _TRUST_CHI2)).mean()), residual_px)
+    trusted_share = float((look.front & (look.squared < _TRUST_CHI2)).mean())
+    return PoseFit(T, covariance, inlier, trusted_share, residual_px)
 
 
 def align_rays(rays_world: np.ndarray, rays_camera: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
@@ -124,10 +138,13 @@ def align_rays(rays_world: np.ndarray, rays_camera: np.ndarray, threshold: float
     """
     still = 1e-6 * np.eye(3)
     weight = np.ones(len(rays_world))
-    R = np.eye(3)
+    R = np.zeros((3, 3))
     for _ in range(20):
+        before = R
         R = project_to_so3((rays_world * weight[:, None]).T @ rays_camera + still)
         error = np.linalg.norm(rays_world - rays_camera @ R.T, axis=1)
+        if np.abs(R - before).max() < _STEP_TOLERANCE:
+            break
         scale = max(float(np.median(error)), threshold / 3)
         weight = 1.0 / (1.0 + (error / scale) ** 2) ** 2
     return R, np.asarray(error < threshold)

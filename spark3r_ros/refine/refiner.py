@@ -25,7 +25,7 @@ from spark3r_ros.refine.keyframes import (
     normalised,
     write_back,
 )
-from spark3r_ros.refine.landmarks import LandmarkTable, first_inverse_depth
+from spark3r_ros.refine.landmarks import LandmarkTable, among, first_inverse_depth
 from spark3r_ros.refine.pose import MIN_INLIERS, Landmarks, PoseFit, align_rays, fit_pose
 from spark3r_ros.tracks import Tracks
 
@@ -125,14 +125,15 @@ class Refiner:
         self._hear(tracks)
         uv_read, shutter = self._read(tracks.uv, tracks.motion)
         uv = uv_read - self._readout * shutter
-        nearest = self._nearest_keyframe(tracks.ids)
-        R_last_here = self._turn(tracks.ids, uv)
-        if T_guess is not None:
-            guess = T_guess @ R_last_here
-        elif nearest is not None and nearest.T_world_camera is not None:
+        T_last_here = self._turn(tracks.ids, uv)
+        if T_guess is None:
+            nearest = self._nearest_keyframe(tracks.ids)
+            if nearest is None:
+                return None
             guess = nearest.T_world_camera
         else:
-            return None
+            guess = T_guess @ T_last_here
+        assert guess is not None
         rows, found = self._table.find(tracks.ids)
         if found.sum() >= 6:
             rows = rows[found]
@@ -140,7 +141,7 @@ class Refiner:
             fit = fit_pose(landmarks, self.K, guess, SIGMA_PX)
             if fit.inlier.sum() >= max(MIN_INLIERS, 0.2 * found.sum()):
                 return self._tracked(fit, self._table.anchor[rows])
-        return self._turned(tracks.ids, uv, nearest, guess)
+        return self._turned(tracks.ids, uv, guess)
 
     def _turn(self, ids: np.ndarray, uv: np.ndarray) -> np.ndarray:
         """Rotation [4, 4] of the points since the frame before: what a guess misses most when a camera turns fast."""
@@ -157,9 +158,9 @@ class Refiner:
         anchors = dict(zip(ids.tolist(), (counts / counts.sum()).tolist(), strict=True))
         return TrackedPose(fit.T_world_camera, fit.covariance, int(fit.inlier.sum()), fit.residual_px, True, anchors)
 
-    def _turned(self, ids: np.ndarray, uv: np.ndarray, nearest: Keyframe | None, guess: np.ndarray) -> TrackedPose:
+    def _turned(self, ids: np.ndarray, uv: np.ndarray, guess: np.ndarray) -> TrackedPose:
         """Without enough points: the rotation against the nearest keyframe, the translation of the guess."""
-        depth = self._typical_depth()
+        nearest, depth = self._nearest_keyframe(ids), self._typical_depth()
         covariance = np.diag([depth**2] * 3 + [1.0] * 3)
         T, inliers = guess.copy(), 0
         if nearest is not None and nearest.T_world_camera is not None:
@@ -335,7 +336,7 @@ class Refiner:
         wanted = wanted[~self._table.find(wanted)[1]]
         if len(wanted) == 0:
             return
-        rows = [np.flatnonzero(k.good & np.isin(k.ids, wanted)) for k in posed]
+        rows = [np.flatnonzero(k.good & among(k.ids, wanted)) for k in posed]
         ids = np.concatenate([k.ids[r] for k, r in zip(posed, rows)])
         order = np.argsort(ids, kind="stable")
         unique, starts, point = np.unique(ids[order], return_index=True, return_inverse=True)
@@ -393,7 +394,7 @@ class Refiner:
         """Points that earlier keyframes turned out to show."""
         for late in tracks.late:
             keyframe = self._keyframes.get(late.keyframe_id)
-            if keyframe is not None and not np.isin(late.ids, keyframe.ids).all():
+            if keyframe is not None and not among(late.ids, keyframe.ids).all():
                 keyframe.add(late.ids, *self._read(late.uv, self._motion[keyframe.id]))
                 if keyframe.T_world_camera is not None:
                     self._extend([keyframe])
@@ -408,7 +409,7 @@ class Refiner:
         return [k for k in self._keyframes.values() if k.T_world_camera is not None]
 
     def _nearest_keyframe(self, ids: np.ndarray) -> Keyframe | None:
-        shared = {k.id: int(np.isin(ids, k.ids).sum()) for k in self._posed()}
+        shared = {k.id: int(among(ids, k.ids).sum()) for k in self._posed()}
         if not shared or max(shared.values()) == 0:
             return None
         return self._keyframes[max(shared, key=lambda i: (shared[i], i))]
@@ -417,7 +418,7 @@ class Refiner:
         """Posed keyframes outside of ``free`` that share the most tracks with it."""
         inside = {k.id for k in free}
         seen = np.unique(np.concatenate([k.ids[k.good] for k in free])) if free else np.zeros(0, np.int64)
-        shared = [(int(np.isin(k.ids, seen).sum()), k.id) for k in self._posed() if k.id not in inside]
+        shared = [(int(among(k.ids, seen).sum()), k.id) for k in self._posed() if k.id not in inside]
         best = sorted((s for s in shared if s[0] >= _MIN_SHARED), reverse=True)[:_MAX_FIXED]
         return [self._keyframes[i] for _, i in best]
 
@@ -429,7 +430,7 @@ class Refiner:
         for keyframe_id in sorted(self._keyframes)[:excess]:
             del self._keyframes[keyframe_id], self._motion[keyframe_id]
         seen = np.unique(np.concatenate([k.ids for k in self._keyframes.values()]))
-        self._table.select(np.isin(self._table.ids, seen))
+        self._table.select(among(self._table.ids, seen))
 
     def _typical_depth(self, keyframe: Keyframe | None = None) -> float:
         """Median depth of the points that a keyframe (the last one) sees; 1 without any."""

@@ -121,7 +121,7 @@ class Guessing(Oracle):
 
 
 def run(stream, oracle, **options) -> Reconstructor:
-    settings = {"refine.mode": "off", "window.size": 6, "window.overlap": 2, **options}
+    settings = {"refine.mode": "off", "window.size": 6, "window.overlap": 2, "window.keyframe_flow": 0.06, **options}
     reconstructor = Reconstructor(with_values(Config(), settings), oracle)
     for frame in stream.frames:
         reconstructor.push(frame)

@@ -61,7 +61,7 @@ def test_without_context_the_overlap_carries_scale_and_pose(stream):
 def test_a_nonsense_window_is_reported_and_does_not_poison_the_scale(stream):
     oracle = Oracle(stream)
     oracle.broken = {2}
-    _, updates = run(stream, oracle)
+    _, updates = run(stream, oracle, window__keyframe_flow=0.06)
     windows = [u.window for u in updates if u.window]
     assert [w.accepted for w in windows].count(False) >= 1
     assert not windows[2].accepted

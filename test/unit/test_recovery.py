@@ -168,7 +168,7 @@ def test_a_loop_moves_keyframes_path_and_cloud_while_odometry_stays_smooth(strea
     rows = [*range(40), *range(38, -1, -1)]
     there_and_back = at(stream, rows)
     oracle = Blinking(there_and_back, pose_noise=0.01)
-    options = OPTIONS | {"loops.min_gap": 6, "context.enabled": False}
+    options = OPTIONS | {"loops.min_gap": 6, "context.enabled": False, "window.keyframe_flow": 0.06}
     reconstructor = Reconstructor(with_values(Config(), options), oracle)
     moved, odometry = 0, []
     for frame in there_and_back.frames:

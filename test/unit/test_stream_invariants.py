@@ -112,7 +112,8 @@ def test_a_cut_is_noticed_and_the_way_back_found(refine, backbone, images):
     """The stream jumps to another room without a gap: no frame of it is tracked in the map of the first."""
     others = rendered("orbit", 12, 8)
     rows = [*images[:40], *others, *images[39:19:-1]]
-    reconstructor = Reconstructor(with_values(Config(), {"refine.mode": refine, "window.first_size": 8}), backbone)
+    options = {"refine.mode": refine, "window.first_size": 8, "window.keyframe_flow": 0.06}
+    reconstructor = Reconstructor(with_values(Config(), options), backbone)
     poses = push_all(reconstructor, as_frames(rows))
     assert [p.stamp_ns for p in poses] == list(range(0, len(rows) * 10**8, 10**8))
     assert all(p.state is TrackingState.TRACKING for p in poses[:40])

@@ -171,6 +171,29 @@ def test_a_wide_baseline_is_bridged_by_descriptors(walk):
     assert 0.0 < tracks.survival < 1.0
 
 
+def test_a_fast_camera_finds_its_points_in_a_smaller_image(monkeypatch):
+    """A tenth of a second leaves no time for the whole image; half of its size does for a turn."""
+    views = render([path(1, 0, 0)[0], *(T for T in path(3, 0.1, 14.0)[1:2])])
+    sizes = []
+    extract = FeatureTracker._extract
+    monkeypatch.setattr(
+        FeatureTracker, "_extract", lambda self, gray, scale: sizes.append(scale) or extract(self, gray, scale)
+    )
+    for interval_ns, expected in ((100_000_000, 0.5), (1_000_000_000, 1.0)):
+        sizes.clear()
+        tracker = FeatureTracker(RefineConfig(features=300, min_survival=1.0))
+        tracker.track(views.gray[0], 10**18)
+        tracker.set_keyframe(0)
+        tracks = tracker.track(views.gray[1], 10**18 + interval_ns)
+        late = tracks.late[0]
+        _, here, there = np.intersect1d(tracks.ids, late.ids, return_indices=True)
+        true, visible = views.moved(late.uv[there], 0, 1)
+        error = np.linalg.norm(tracks.uv[here] - true, axis=1)
+        assert sizes[0] == expected
+        assert len(here) >= 25
+        assert np.median(error[visible]) < 0.7 / expected
+
+
 def test_late_matches_are_told_once():
     """The same points are found again by the next frame: their numbers are the same, the keyframe has them by now."""
     first, second = path(1, 0, 0)[0], path(3, 0.35, 14.0)[1]
