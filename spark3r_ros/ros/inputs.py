@@ -26,8 +26,6 @@ from spark3r_ros.ros.tf import TransformError, Transforms
 
 IMAGE_TYPES = {"raw": Image, "compressed": CompressedImage}
 
-# A stamp that is older than the newest one by more than this means that time went back; by less, that an image is late.
-JUMP_BACK_NS = stamps.NS_PER_S
 _LATE_S = 0.05  # how long a frame waits for depth or odometry of its own time, when these are alive
 _CAMERA_INFO_S = 0.5  # how long the first frame waits for a camera_info that somebody publishes
 _QUIET_S = 5.0  # between two log lines of the same kind
@@ -179,7 +177,7 @@ class ImageInput:
         elif self.frame_id is not None and frame_id != self.frame_id:
             text = f"image of {frame_id!r} among those of {self.frame_id!r}: run one node per camera, or ~/reset"
             self._refuse("other_camera", text)
-        elif self.newest_ns is not None and self.newest_ns - JUMP_BACK_NS <= stamp_ns <= self.newest_ns:
+        elif self.newest_ns is not None and self.newest_ns - stamps.JUMP_BACK_NS <= stamp_ns <= self.newest_ns:
             self._refuse("old_stamp", f"image with stamp {stamp_ns} ns, not after {self.newest_ns} ns")
         else:
             if self.newest_ns is not None and stamp_ns < self.newest_ns:

@@ -6,7 +6,7 @@ import bisect
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from geometry_msgs.msg import TransformStamped
@@ -146,6 +146,12 @@ def make_buffer() -> Buffer:
     return OwnBuffer() if optional.tf2_ros is None else Tf2Buffer()
 
 
+class _Parent(NamedTuple):
+    name: str
+    static: bool
+    stamp_ns: int  # of the last transform
+
+
 class Transforms:
     """Listens to /tf_static and, while it is needed, to /tf. Filled by the executor, read by the worker."""
 
@@ -154,7 +160,7 @@ class Transforms:
         self._group = group
         self._on_bad = on_bad
         self._buffer = buffer or make_buffer()
-        self._parents: dict[str, tuple[str, bool]] = {}
+        self._parents: dict[str, _Parent] = {}
         self._static: dict[str, TransformStamped] = {}
         self._changed = threading.Condition()
         self._subscriptions: dict[str, Subscription] = {}
@@ -192,21 +198,21 @@ class Transforms:
                         raise
 
     def parent_of(self, frame: str) -> str | None:
-        link = self._parents.get(_name(frame))
-        return link[0] if link else None
+        parent = self._parents.get(_name(frame))
+        return parent.name if parent else None
 
     def is_static(self, a: str, b: str) -> bool:
         """Whether two connected frames are joined by static transforms alone."""
         with self._changed:
             up_a, up_b = self._upwards(_name(a)), self._upwards(_name(b))
             between = [f for f in up_a + up_b if not (f in up_a and f in up_b)]
-            return self._connected(_name(a), _name(b)) and all(self._parents[f][1] for f in between)
+            return self._connected(_name(a), _name(b)) and all(self._parents[f].static for f in between)
 
     def clear(self) -> None:
         """Forget everything that moves; static transforms stay true."""
         with self._changed:
             self._buffer.clear()
-            self._parents = {child: link for child, link in self._parents.items() if link[1]}
+            self._parents = {child: parent for child, parent in self._parents.items() if parent.static}
             for msg in self._static.values():
                 self._buffer.insert(msg, static=True)
 
@@ -224,16 +230,23 @@ class Transforms:
     def _insert(self, msg: TFMessage, *, static: bool) -> None:
         with self._changed:
             for item in msg.transforms:
-                child = _name(item.child_frame_id)
+                child, stamp_ns = _name(item.child_frame_id), stamps.to_ns(item.header.stamp)
+                if not static and self._is_of_earlier_time(child, stamp_ns):
+                    self.clear()
                 try:
                     self._buffer.insert(item, static=static)
                 except ValueError as error:
                     self._on_bad(f"transform of {child!r} refused: {error}")
                     continue
-                self._parents[child] = (_name(item.header.frame_id), static)
+                self._parents[child] = _Parent(_name(item.header.frame_id), static, stamp_ns)
                 if static:
                     self._static[child] = item
             self._changed.notify_all()
+
+    def _is_of_earlier_time(self, child: str, stamp_ns: int) -> bool:
+        """Time went back, and a transform of before came after ``clear``: buffers refuse what is so much older."""
+        before = self._parents.get(child)
+        return before is not None and not before.static and stamp_ns < before.stamp_ns - stamps.JUMP_BACK_NS
 
     def _connected(self, a: str, b: str) -> bool:
         return not set(self._upwards(a)).isdisjoint(self._upwards(b))
@@ -241,7 +254,7 @@ class Transforms:
     def _upwards(self, frame: str) -> list[str]:
         chain = [frame]
         while chain[-1] in self._parents and len(chain) < 1000:
-            chain.append(self._parents[chain[-1]][0])
+            chain.append(self._parents[chain[-1]].name)
         return chain
 
 

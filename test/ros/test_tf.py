@@ -332,6 +332,18 @@ def test_a_pan_tilt_head_moves_the_camera_on_the_base(rig):
     np.testing.assert_allclose(conversions.matrix_from_pose(odometry[-1].pose.pose), expected, atol=1e-6)
 
 
+def test_a_transform_of_before_a_jump_back_does_not_hide_those_after_it(rig):
+    r = rig()
+    start = now_ns()
+    r.send_tf(("odom", "base_link", start, np.eye(4)))
+    r.node._transforms.clear()
+    r.send_tf(("odom", "base_link", start + 20 * MS, np.eye(4)))  # was on its way
+    for seconds in (5, 60):
+        T = geometry.make_T(np.eye(3), np.array([seconds, 0.0, 0.0]))
+        r.send_tf(("odom", "base_link", start - seconds * stamps.NS_PER_S, T))
+        np.testing.assert_allclose(r.node._transforms.lookup("odom", "base_link", None), T)
+
+
 # ---- the buffer -----------------------------------------------------------------------------------------------------
 
 
