@@ -25,8 +25,9 @@ PARAMETERS = {
     "tf_mode": "tf_mode",
     "map_file": "map_file",
 }
-# Fast DDS 3 (Kilted and later) reads the first, Fast DDS 2 (Humble, Jazzy) the second
-PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
+# Fast DDS 2 (Humble, Jazzy) reads the first; Fast DDS 3 (Kilted and later) the second, and warns of the first
+PROFILE_VARIABLES = ("FASTRTPS_DEFAULT_PROFILES_FILE", "FASTDDS_DEFAULT_PROFILES_FILE")
+WITH_FAST_DDS_2 = ("humble", "iron", "jazzy")
 
 
 def in_share(*parts):
@@ -103,7 +104,8 @@ def dds_profile(context):
     path = LaunchConfiguration("dds_profile").perform(context)
     if not path or any(name in os.environ for name in PROFILE_VARIABLES):
         return []
-    return [SetEnvironmentVariable(name, path) for name in PROFILE_VARIABLES]
+    name = PROFILE_VARIABLES[os.environ.get("ROS_DISTRO") not in WITH_FAST_DDS_2]
+    return [SetEnvironmentVariable(name, path)]
 
 
 def spark3r(context):

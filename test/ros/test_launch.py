@@ -30,6 +30,7 @@ from spark3r_ros.ros.outputs import place_file
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH_FILES = sorted((ROOT / "launch").glob("*.launch.py"))
 CONFIGS = sorted((ROOT / "config").glob("*.yaml"))
+PROFILE_VARIABLES = ("FASTRTPS_DEFAULT_PROFILES_FILE", "FASTDDS_DEFAULT_PROFILES_FILE")
 
 
 def described(path):
@@ -63,6 +64,9 @@ def run(path, monkeypatch, **arguments):
     from launch import LaunchContext
 
     monkeypatch.setattr(FindPackageShare, "perform", lambda self, context: str(ROOT))
+    for name in PROFILE_VARIABLES:  # launch sets them in this process; they are put back after the test
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     context = LaunchContext()
     context.launch_configurations.update(arguments)
     started = []
@@ -100,7 +104,7 @@ def settings(node):
 
 
 def test_live(monkeypatch):
-    started, context = run(
+    started, _ = run(
         ROOT / "launch" / "live.launch.py", monkeypatch, model="nano", tf_mode="off", image_topic="/cam/image"
     )
     (node,) = started
@@ -110,8 +114,15 @@ def test_live(monkeypatch):
     assert got["drop_policy"] == "newest"
     assert "base_frame" not in got, "an argument that was not given changes nothing"
     assert ("image", "/cam/image") in node.expanded_remapping_rules
-    assert context.environment["FASTDDS_DEFAULT_PROFILES_FILE"].endswith("config/fastdds_shm.xml")
     parameters.build_configs({k: v for k, v in got.items() if k != "use_sim_time"})
+
+
+@pytest.mark.parametrize(("distribution", "wanted"), [("humble", 0), ("jazzy", 0), ("kilted", 1)])
+def test_the_dds_profile_is_set_by_the_name_that_the_distribution_reads(monkeypatch, distribution, wanted):
+    monkeypatch.setenv("ROS_DISTRO", distribution)
+    _, context = run(ROOT / "launch" / "live.launch.py", monkeypatch)
+    assert context.environment[PROFILE_VARIABLES[wanted]].endswith("config/fastdds_shm.xml")
+    assert PROFILE_VARIABLES[1 - wanted] not in context.environment
 
 
 @pytest.mark.parametrize("rviz", ["true", "false"])
