@@ -25,10 +25,10 @@ try:
 except ImportError:
     tf2_ros = None
 
-# cv_bridge of Humble and Jazzy is compiled against NumPy 1 and fails under NumPy 2, at import or at the first use
-# (vision_opencv#535), with whatever its extension raises.
+# cv_bridge of Humble and Jazzy is compiled against NumPy 1 and its extension fails under NumPy 2 (vision_opencv#535),
+# with whatever it raises; cv_bridge itself passes over that until the first use.
 try:
-    import cv_bridge
+    import cv_bridge.boost.cv_bridge_boost
 except (ImportError, AttributeError, SystemError):
     cv_bridge = None
 
@@ -39,8 +39,8 @@ def decode_with_cv_bridge(msg: Image) -> np.ndarray | None:
         return None
     try:
         return np.ascontiguousarray(cv_bridge.CvBridge().imgmsg_to_cv2(msg, desired_encoding="rgb8"))
-    except (cv_bridge.CvBridgeError, TypeError, ValueError, RuntimeError):
-        return None
+    except (cv_bridge.CvBridgeError, AttributeError, TypeError, ValueError, RuntimeError):
+        return None  # AttributeError: it swaps bytes as only NumPy 1 can
 
 
 Quaternion = tuple[float, float, float, float]  # x y z w

@@ -217,6 +217,15 @@ def test_equal_to_cv_bridge(encoding):
     np.testing.assert_array_equal(conversions.decode_image(msg), other)
 
 
+@pytest.mark.parametrize("is_bigendian", [False, True])
+@pytest.mark.parametrize("encoding", ["16SC3", "32FC1", "8UC2", "nv24", "unheard_of"])
+def test_what_cv_bridge_cannot_turn_into_colours_either_is_refused(encoding, is_bigendian):
+    msg = image(1, encoding=encoding)
+    msg.is_bigendian = int(is_bigendian)
+    with pytest.raises(encodings.ImageError, match=encoding):
+        conversions.decode_image(msg)
+
+
 def test_the_quick_quaternion_equals_the_plain_one():
     rng = np.random.default_rng(0)
     turns = [*geometry.so3_exp(rng.normal(size=(300, 3)) * 2), *geometry.so3_exp(np.pi * np.eye(3)), np.eye(3)]
