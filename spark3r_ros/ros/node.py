@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future as WorkerFuture
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +37,8 @@ from spark3r_ros.encodings import ImageError
 from spark3r_ros.export import write_ply
 from spark3r_ros.frame import Frame
 from spark3r_ros.preprocess import FrameError
-from spark3r_ros.ros import diagnostics, interface, parameters, qos
-from spark3r_ros.ros.inputs import JUMP_BACK_NS, Companions, ImageInput, Taken
+from spark3r_ros.ros import diagnostics, interface, parameters, qos, stamps
+from spark3r_ros.ros.inputs import Companions, ImageInput, Taken
 from spark3r_ros.ros.outputs import Outputs, load_place
 from spark3r_ros.ros.tf import Transforms
 from spark3r_ros.ros.tf_output import RESEND_S
@@ -54,6 +54,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _OK, _FAILED = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
 
 Factory = Callable[[Config], "Reconstructor"]
+Transition = Callable[["Spark3rNode", LifecycleState], TransitionCallbackReturn]
 
 
 def load_reconstructor(config: Config) -> Reconstructor:
@@ -61,6 +62,20 @@ def load_reconstructor(config: Config) -> Reconstructor:
     from spark3r_ros.reconstructor import Reconstructor
 
     return Reconstructor(config)
+
+
+def _told(transition: Transition) -> Transition:
+    """Log what a transition raises: rclpy takes it for an error of the transition and says nothing."""
+
+    @wraps(transition)
+    def told(node: Spark3rNode, state: LifecycleState) -> TransitionCallbackReturn:
+        try:
+            return transition(node, state)
+        except Exception:
+            node.get_logger().error(traceback.format_exc())
+            raise
+
+    return told
 
 
 class Spark3rNode(LifecycleNode):
@@ -85,6 +100,7 @@ class Spark3rNode(LifecycleNode):
 
     # ---- lifecycle -------------------------------------------------------------------------------------------------
 
+    @_told
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Load the model and, when asked for, the map; create publishers and services."""
         self.stats = diagnostics.Statistics()
@@ -139,6 +155,7 @@ class Spark3rNode(LifecycleNode):
         if self.node_config.load_map_on_start:
             self._load_map(Path(self.node_config.map_file))
 
+    @_told
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Begin to listen."""
         self._transforms.listen_to_moving(True)
@@ -150,6 +167,7 @@ class Spark3rNode(LifecycleNode):
         self.get_logger().info(f"active: waiting for images on {self._images.topic}")
         return _OK
 
+    @_told
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Stop listening; the frame in work is finished and what is pending is solved and published."""
         self._is_active = False
@@ -162,10 +180,12 @@ class Spark3rNode(LifecycleNode):
             self.get_logger().error(f"the last window could not be solved: {error}")
         return _OK
 
+    @_told
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
         self._tear_down()
         return _OK
 
+    @_told
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
         if self._is_active:
             self.on_deactivate(state)
@@ -276,7 +296,7 @@ class Spark3rNode(LifecycleNode):
     def _on_clock_jump(self, jump: TimeJump) -> None:
         newest = self._images.newest_ns if self._is_active else None
         now_ns = self.get_clock().now().nanoseconds
-        if newest is not None and newest - now_ns > JUMP_BACK_NS:  # else the images showed the jump already
+        if newest is not None and newest - now_ns > stamps.JUMP_BACK_NS:  # else the images showed the jump already
             self._on_time_went_back(f"the clock jumped back by {-1e-9 * jump.delta.nanoseconds:.3f} s")
 
     # ---- services --------------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def test_a_model_that_cannot_load_leaves_it_unconfigured(ros):
     node.close()
 
 
-def test_an_unforeseen_error_in_configure_leaves_it_unconfigured_and_usable(ros):
+def test_an_unforeseen_error_in_configure_is_told_and_leaves_it_unconfigured_and_usable(ros, capfd):
     class Broken:
         is_broken = True
 
@@ -113,6 +113,7 @@ def test_an_unforeseen_error_in_configure_leaves_it_unconfigured_and_usable(ros)
     factory = Broken()
     node = Spark3rNode(factory, parameter_overrides=overrides(base_frame=""))
     node.trigger_configure()
+    assert "KeyError: 'not foreseen'" in capfd.readouterr().err
     assert node._entities == []
     factory.is_broken = False
     assert start(node)
