@@ -91,8 +91,8 @@ def test_stamps_that_jump_back_reset_and_forward_do_not(rig, capfd):
     r.until(lambda: len(odometry) == 9)
     r.until(warnings.read)
     r.spin(0.2)
-    (line,) = warnings.read()
-    assert "image stamps jumped back by 3660.066 s: reconstruction, context and transforms are reset" in line
+    assert len(warnings.read()) == 1, warnings
+    assert "image stamps jumped back by 3660.066 s: reconstruction, context and transforms are reset" in warnings[0]
     assert odometry[6].pose.pose.position.x == 0
     assert odometry[3].twist.covariance[0] == 1e6, "no velocity across a gap"
 
@@ -140,7 +140,7 @@ def test_after_five_seconds_it_warns_of_silence(rig, capfd):
     r = rig()
     warnings = Warnings(capfd)
     r.until(warnings.read)
-    assert time.monotonic() - r.node._active_since >= 5
+    assert time.monotonic() - r.node._active_since >= 5, warnings
     assert "no images on /image (reliable) for 5 s: nobody publishes there; is the camera running" in warnings[0]
 
 
