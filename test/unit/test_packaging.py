@@ -1,5 +1,6 @@
 """The package installs where pip, colcon, `ros2 run` and launch look, and its core works without ROS."""
 
+import ast
 import os
 import re
 import shutil
@@ -87,6 +88,22 @@ def test_every_ros_package_that_is_imported_is_declared():
     imported = set(re.findall(r"^ *(?:from|import) (rclpy|\w+_(?:msgs|srvs|interfaces))\b", lines, re.M))
     assert len(imported) > 10
     assert imported - depends == set()
+
+
+def test_every_other_package_that_is_imported_can_be_had():
+    """On a ROS machine: rosdep brings the keys of package.xml, pip what docs/install.md names."""
+    sources = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "spark3r_ros").rglob("*.py")]
+    nodes = [node for source in sources for node in ast.walk(source)]
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    imported = {name.partition(".")[0] for name in names}
+    ours = {"", "spark3r_ros", "rclpy", "ament_index_python", "tf2_ros", "tf_transformations", "cv_bridge"}
+    ros = {name for name in imported if re.fullmatch(r"\w+_(msgs|srvs|interfaces)", name)}
+    [line] = re.findall(r"^pip install (.+?) +#", (ROOT / "docs/install.md").read_text(encoding="utf-8"), re.M)
+    by_pip = set(re.findall(r"[a-z_]+", re.sub(r'"(\w+).*?"', r"\1", line)))
+    by_rosdep = {key.removeprefix("python3-") for key in ROSDEP_KEYS} | {"cv2"}
+    assert imported - sys.stdlib_module_names - ours - ros == (by_pip | by_rosdep) & imported
+    assert by_pip <= imported, "no longer needed"
 
 
 WITHOUT_ROS = """
