@@ -240,7 +240,7 @@ def endurance(options: argparse.Namespace, config: Config, backbone: Backbone) -
     one that is 100 frames old sees them too, in turn with it, so that whatever else the machine does slows both.
     """
     late_start = options.frames - options.span
-    lap = next(n for n in range(900, late_start) if (late_start - 100) % n == 0)
+    lap = next(n for n in range(options.lap, late_start) if (late_start - 100) % n == 0)
     sequence = circuit(lap, 1.0, (options.width, options.width * 3 // 4), options.seed)
     images = list(sequence.frames())  # rendered before anything is measured
     reconstructor = Reconstructor(config, backbone)
@@ -307,9 +307,9 @@ class Timed(Reconstructor):
         self._solver.solve = self._timed("solve", self._solver.solve)  # type: ignore[method-assign]
         self._track = self._timed("frame", self._track)  # type: ignore[method-assign]
 
-    def _advance(self, job: Job) -> None:
+    def _advance(self, job: Job, stamp_ns: int) -> None:
         started = time.thread_time()
-        super()._advance(job)
+        super()._advance(job, stamp_ns)
         self._spent += time.thread_time() - started
         if self._job is None:
             self.times["window"].append(self._spent + self.times["solve"][-1])
@@ -328,7 +328,8 @@ class Timed(Reconstructor):
 def tracking(options: argparse.Namespace, config: Config, backbone: Backbone) -> dict[str, Any]:
     """What the pose of one frame costs, over what a window solve costs: by network query, and by the sparse map."""
     rows = {}
-    sequence = circuit(250, 0.12, (options.width, options.width * 3 // 4), options.seed)
+    rounds = 0.12 * options.frames / 250
+    sequence = circuit(options.frames, rounds, (options.width, options.width * 3 // 4), options.seed)
     for name, mode in (("network query", "off"), ("sparse map", "on")):
         reconstructor = Timed(with_values(config, {"refine.mode": mode}), backbone)
         for frame in sequence.frames():
@@ -448,18 +449,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sequences", nargs="*", default=[], help="folders in the layout of ../shared/data")
     parser.add_argument("--circuit", type=int, default=0, help="ablation: also a rendered circuit of so many frames")
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, help="ablation: only these")
-    parser.add_argument("--frames", type=int, default=2400)
+    parser.add_argument("--frames", type=int, help="default: 2400; tracking: 250")
     parser.add_argument("--rounds", type=float, default=1.1, help="of the circuit: more than one, or nothing closes")
     parser.add_argument("--width", type=int, default=320)
     parser.add_argument("--seed", type=int, default=5, help="of scene and path")
     parser.add_argument("--seeds", type=int, nargs="*", default=[5, 7, 11], help="circuit: of the halls")
     parser.add_argument("--span", type=int, default=300, help="endurance: frames that are averaged")
+    parser.add_argument("--lap", type=int, default=900, help="endurance: least frames in a round")
     parser.add_argument("--model", default="nano")
     parser.add_argument("--untrained", action="store_true", help="query: the model without its weights")
     parser.add_argument("--repeats", type=int, default=7, help="query: measurements, of which the median counts")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--set", nargs="*", default=[], metavar="GROUP.FIELD=VALUE")
     options = parser.parse_args(arguments)
+    options.frames = options.frames or (250 if options.part == "tracking" else 2400)
     torch.set_num_threads(options.threads)
     config = with_values(Config(), dict(_value(Config(), s) for s in options.set))
     entry = MODELS.get(options.model)

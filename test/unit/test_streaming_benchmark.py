@@ -1,0 +1,45 @@
+"""Every part of the streaming benchmark runs, on so little that nothing can be said about its figures."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import streaming
+
+PARTS = {
+    "ablation": ["--circuit", "24", "--variants", "default"],
+    "circuit": ["--frames", "24", "--seeds", "5"],
+    "endurance": ["--frames", "130", "--lap", "20", "--span", "10"],
+    "query": ["--repeats", "2"],
+    "relocalise": ["--frames", "40", "--rounds", "0.1"],
+}
+
+
+def run(part, *arguments):
+    streaming.main([part, "--width", "160", *arguments])
+
+
+@pytest.fixture(autouse=True)
+def slow_camera(monkeypatch):
+    """Few frames go a small part of the way round, and the number of threads is what it was afterwards."""
+    circuit, threads = streaming.circuit, torch.get_num_threads()
+    monkeypatch.setattr(streaming, "circuit", lambda frames, _, *rest: circuit(frames, frames / 400, *rest))
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_part_runs(part, capsys):
+    run(part, *PARTS[part])
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["part"] == part
+    assert last["figures"]
+
+
+def test_tracking_times_frames_and_whole_windows(capsys):
+    run("tracking", "--frames", "120")
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["figures"]
+    for row in rows.values():
+        assert 0 < row["frame_ms"] < row["window_ms"]
+    assert 0 < rows["network query"]["query_ms"] < rows["network query"]["solve_ms"] < rows["network query"]["window_ms"]
