@@ -142,17 +142,22 @@ def project_to_so3(M: np.ndarray) -> np.ndarray:
     return (U * sign[..., None, :]) @ Vt
 
 
-def interpolate_pose(T0: np.ndarray, T1: np.ndarray, ratio: float) -> np.ndarray:
-    """Pose between T0 (ratio 0) and T1 (ratio 1): linear in translation, geodesic in rotation."""
-    R = T0[:3, :3] @ so3_exp(ratio * so3_log(T0[:3, :3].T @ T1[:3, :3]))
-    return make_T(R, (1 - ratio) * T0[:3, 3] + ratio * T1[:3, 3])
+def interpolate_pose(T0: np.ndarray, T1: np.ndarray, ratio: float | np.ndarray) -> np.ndarray:
+    """Poses [..., 4, 4] between T0 (ratio [...] 0) and T1 (1): linear in translation, geodesic in rotation."""
+    ratio = np.asarray(ratio)[..., None]
+    R0, R1 = T0[..., :3, :3], T1[..., :3, :3]
+    R = R0 @ so3_exp(ratio * so3_log(np.swapaxes(R0, -1, -2) @ R1))
+    return make_T(R, (1 - ratio) * T0[..., :3, 3] + ratio * T1[..., :3, 3])
 
 
-def interpolate_similarity(S0: np.ndarray, S1: np.ndarray, ratio: float) -> np.ndarray:
-    """Similarity between S0 (ratio 0) and S1 (ratio 1): as ``interpolate_pose``, and linear in log scale."""
-    s0, s1 = scale_of(S0), scale_of(S1)
-    T0, T1 = make_T(S0[:3, :3] / s0, S0[:3, 3]), make_T(S1[:3, :3] / s1, S1[:3, 3])
-    return similarity(float(s0 ** (1 - ratio) * s1**ratio), interpolate_pose(T0, T1, ratio))
+def interpolate_similarity(S0: np.ndarray, S1: np.ndarray, ratio: float | np.ndarray) -> np.ndarray:
+    """Similarities [..., 4, 4] between S0 and S1: as ``interpolate_pose``, and linear in log scale."""
+    s0, s1 = scale_of(S0)[..., None, None], scale_of(S1)[..., None, None]
+    T0, T1 = make_T(S0[..., :3, :3] / s0, S0[..., :3, 3]), make_T(S1[..., :3, :3] / s1, S1[..., :3, 3])
+    S = interpolate_pose(T0, T1, ratio)
+    ratio = np.asarray(ratio)[..., None, None]
+    S[..., :3, :3] *= s0 ** (1 - ratio) * s1**ratio
+    return S
 
 
 def umeyama(source: np.ndarray, target: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:

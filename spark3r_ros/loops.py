@@ -186,24 +186,51 @@ class LoopCloser:
             return
         known = sorted(self.places.ids)
         old = known[: max(2, len(known) - self.config.min_gap)]
-        apart = _distances([keyframes[i] for i in old])  # [K, K]; each pair counts for its newer member
+        views = _Views([keyframes[i] for i in old])
+        apart, closest = views.closest_older(np.arange(len(old)))
         for _ in range(min(excess, len(old) - 1)):
-            row = int(np.argmin(apart.min(axis=1)))
+            row = int(np.argmin(apart))
             self.places.remove(old[row])
             keyframes[old[row]].place = None
-            apart[row] = apart[:, row] = np.inf
+            views.remove(row)
+            apart[row] = np.inf
+            lonely = np.flatnonzero((closest == row) & np.isfinite(apart))
+            apart[lonely], closest[lonely] = views.closest_older(lonely)
 
 
-def _distances(keyframes: Sequence[Keyframe]) -> np.ndarray:
-    """How far views are apart [K, K]: shift over the scene's distance plus radians; the upper half is infinite."""
-    position = np.stack([k.T_map_camera[:3, 3] for k in keyframes])
-    axis = np.stack([k.T_map_camera[:3, 2] for k in keyframes])
-    depth = np.array([k.median_depth * k.scale for k in keyframes])
-    squared = np.sum(position**2, axis=1)
-    shift = np.sqrt(np.maximum(squared[:, None] + squared - 2 * position @ position.T, 0.0))
-    apart = shift / np.minimum(depth[:, None], depth) + np.arccos(np.clip(axis @ axis.T, -1.0, 1.0))
-    apart[np.triu_indices(len(keyframes))] = np.inf
-    return apart
+class _Views:
+    """Where keyframes look from, oldest first, and how far that is apart."""
+
+    BLOCK = 64  # rows of the table of distances that are in memory at a time
+
+    def __init__(self, keyframes: Sequence[Keyframe]) -> None:
+        T = np.stack([k.T_map_camera for k in keyframes])
+        self._position, self._axis = T[:, :3, 3], T[:, :3, 2]
+        self._squared = np.sum(self._position**2, axis=1)
+        self._depth = np.array([k.median_depth * k.scale for k in keyframes])
+        self._removed = np.zeros(len(keyframes))  # infinite where a view was removed
+
+    def remove(self, row: int) -> None:
+        self._removed[row] = np.inf
+
+    def closest_older(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Distance and row of the closest older view of each of ``rows`` [R], ascending; infinite where none is."""
+        blocks = [self._closest(rows[i : i + self.BLOCK]) for i in range(0, len(rows), self.BLOCK)]
+        if not blocks:
+            return np.zeros(0), np.zeros(0, int)
+        apart, closest = zip(*blocks, strict=True)
+        return np.concatenate(apart), np.concatenate(closest)
+
+    def _closest(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shift over the scene's distance plus radians, to the closest of the views before each row."""
+        older = slice(0, int(rows[-1]) + 1)
+        product = self._position[rows] @ self._position[older].T
+        shift = np.sqrt(np.maximum(self._squared[rows, None] + self._squared[older] - 2 * product, 0.0))
+        turn = np.arccos(np.clip(self._axis[rows] @ self._axis[older].T, -1.0, 1.0))
+        apart = shift / np.minimum(self._depth[rows, None], self._depth[older]) + turn + self._removed[older]
+        apart[np.arange(older.stop) >= rows[:, None]] = np.inf
+        closest = apart.argmin(axis=1)
+        return apart[np.arange(len(rows)), closest], closest
 
 
 # -- the graph ---------------------------------------------------------------------------------------------------------
@@ -251,23 +278,27 @@ def condense(
             S_first_node = [np.eye(4)]
             for i in piece[1:]:
                 S_first_node.append(S_first_node[-1] @ steps[i].S_first_second)
+            S_last_first = geometry.inverse(S_first_node[-1])
             for row, i in enumerate(piece):
                 anchor_of.setdefault(i, (first, last))
                 if 2 * row < len(piece):
                     S_anchor_node.setdefault(i, (first, S_first_node[row]))
                 else:
-                    S_anchor_node[i] = (last, geometry.inverse(S_first_node[-1]) @ S_first_node[row])
+                    S_anchor_node[i] = (last, S_last_first @ S_first_node[row])
             if len(piece) > 1:
                 condensed.append(_chained([steps[i] for i in piece[1:]], S_first_node))
-    loops: dict[tuple[int, int], Edge] = {}
-    for e in edges:
-        if not e.is_loop:
-            continue
-        (first, S_first), (second, S_second) = S_anchor_node[e.first], S_anchor_node[e.second]
+    return anchor_of, condensed + _between_anchors([e for e in edges if e.is_loop], S_anchor_node)
+
+
+def _between_anchors(loops: Sequence[Edge], S_anchor_node: Mapping[int, tuple[int, np.ndarray]]) -> list[Edge]:
+    """Sightings moved to the anchors of their ends, the newest of those that then join the same two."""
+    newest = {(S_anchor_node[e.first][0], S_anchor_node[e.second][0]): e for e in loops}
+    moved = []
+    for (first, second), e in newest.items():
         if first != second:
-            S = S_first @ e.S_first_second @ geometry.inverse(S_second)
-            loops[first, second] = Edge(first, second, S, e.sigmas, is_loop=True)
-    return anchor_of, condensed + list(loops.values())
+            S = S_anchor_node[e.first][1] @ e.S_first_second @ geometry.inverse(S_anchor_node[e.second][1])
+            moved.append(Edge(first, second, S, e.sigmas, is_loop=True))
+    return moved
 
 
 def _chained(steps: Sequence[Edge], S_first_node: Sequence[np.ndarray]) -> Edge:
@@ -283,14 +314,12 @@ def spread(
     S_map: Mapping[int, np.ndarray], anchor_of: Mapping[int, tuple[int, int]], solved: Mapping[int, np.ndarray]
 ) -> dict[int, np.ndarray]:
     """Move every keyframe as the anchors before and behind it have moved, in proportion to how near they are."""
-    moved = {}
-    for i, (first, last) in anchor_of.items():
-        if i in solved:
-            moved[i] = solved[i]
-            continue
-        before, behind = (solved[a] @ geometry.inverse(S_map[a]) @ S_map[i] for a in (first, last))
-        moved[i] = geometry.interpolate_similarity(before, behind, (i - first) / (last - first))
-    return moved
+    S_moved_map = {a: S @ geometry.inverse(S_map[a]) for a, S in solved.items()}
+    first, last = np.array(list(anchor_of.values())).T
+    ratio = (np.array(list(anchor_of)) - first) / np.maximum(last - first, 1)
+    nodes = np.stack([S_map[i] for i in anchor_of])
+    before, behind = (np.stack([S_moved_map[a] for a in anchors]) @ nodes for anchors in (first, last))
+    return dict(zip(anchor_of, geometry.interpolate_similarity(before, behind, ratio), strict=True)) | dict(solved)
 
 
 def optimiser() -> Optimiser:

@@ -5,6 +5,7 @@ Points are stored per keyframe in that keyframe's camera, so that moving a keyfr
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -96,6 +97,7 @@ class PointMap:
     def __init__(self, config: MapConfig) -> None:
         self.config = config
         self._points: dict[int, KeyframePoints] = {}
+        self._densest: list[tuple[int, int]] = []  # heap of (-points, keyframe), with entries that no longer hold
         self._total = 0
 
     def __len__(self) -> int:
@@ -110,10 +112,21 @@ class PointMap:
     def set(self, keyframe_id: int, points: KeyframePoints) -> None:
         """Store or replace the points of a keyframe, then thin the densest keyframes until the bound holds."""
         self.remove(keyframe_id)
+        self._put(keyframe_id, points)
+        while self._total > self.config.max_points:
+            self._thin(self._pop_densest())
+
+    def _put(self, keyframe_id: int, points: KeyframePoints) -> None:
         self._points[keyframe_id] = points
         self._total += len(points)
-        while self._total > self.config.max_points:
-            self._thin(max(self._points, key=lambda k: (len(self._points[k]), -k)))
+        heapq.heappush(self._densest, (-len(points), keyframe_id))
+
+    def _pop_densest(self) -> int:
+        """The keyframe with most points, of several the oldest."""
+        while True:
+            count, keyframe_id = heapq.heappop(self._densest)
+            if keyframe_id in self._points and len(self._points[keyframe_id]) == -count:
+                return keyframe_id
 
     def remove(self, keyframe_id: int) -> None:
         old = self._points.pop(keyframe_id, None)
@@ -122,14 +135,15 @@ class PointMap:
 
     def clear(self) -> None:
         self._points.clear()
+        self._densest.clear()
         self._total = 0
 
     def _thin(self, keyframe_id: int) -> None:
         """Keep the more confident half of one keyframe's points."""
         points = self._points[keyframe_id]
         best = np.sort(np.argsort(-points.confidence, kind="stable")[: len(points) // 2])
-        self._total -= len(points) - len(best)
-        self._points[keyframe_id] = points.take(best)
+        self._total -= len(points)
+        self._put(keyframe_id, points.take(best))
 
     def gather(self, similarities: Mapping[int, np.ndarray]) -> KeyframePoints:
         """The points of the given keyframes, moved by their ``S_map_keyframe`` [4, 4], in order of the mapping."""

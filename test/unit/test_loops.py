@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -220,6 +222,28 @@ def test_places_are_bounded_and_the_newer_of_the_closest_two_is_forgotten():
     assert [i for i, k in keyframes.items() if k.place is None] == [4, 5]
     for number in closer.places.ids:
         assert closer.places.similar(keyframes[number].place.descriptor, 1, 0)[0].keyframe_id == number
+
+
+def test_forgetting_many_is_forgetting_one_by_one():
+    rng = np.random.default_rng(3)
+    positions = rng.uniform(0, 8, 60)
+    closer, keyframes = remembered(positions, LoopConfig(max_places=30))
+    for keyframe in keyframes.values():
+        turn = geometry.so3_exp(rng.normal(0, 0.3, 3))
+        keyframe.T_map_camera = geometry.make_T(turn, keyframe.T_map_camera[:3, 3])
+        keyframe.median_depth = float(rng.uniform(1, 4))
+
+    def apart(a: Keyframe, b: Keyframe) -> float:
+        shift = np.linalg.norm(a.T_map_camera[:3, 3] - b.T_map_camera[:3, 3])
+        turn = np.arccos(a.T_map_camera[:3, 2] @ b.T_map_camera[:3, 2])
+        return float(shift / min(a.median_depth, b.median_depth) + turn)
+
+    left = list(range(60))
+    while len(left) > 30:
+        old = [i for i in left if i < 60 - closer.config.min_gap]
+        left.remove(min((apart(keyframes[a], keyframes[b]), b) for a, b in itertools.combinations(old, 2))[1])
+    closer.forget_places(keyframes)
+    assert sorted(closer.places.ids) == left
 
 
 def test_below_the_bound_nothing_is_forgotten():
