@@ -19,6 +19,7 @@ keyframes that different windows solved, over the same for keyframes that one wi
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import tempfile
@@ -237,36 +238,38 @@ def endurance(options: argparse.Namespace, config: Config, backbone: Backbone) -
     """Time, memory and context early and late in a long stream round the same circuit, where the images are the same.
 
     Time is compared side by side: when the long stream comes to the images of its frame 100 for the last time, a second
-    one that is 100 frames old sees them too, in turn with it, so that whatever else the machine does slows both.
+    one that is 100 frames old sees them too, in turn with it, so that whatever else the machine does slows both. It is
+    the processor time of all threads that work for a stream. Memory is that of the process without the images.
     """
     late_start = options.frames - options.span
     lap = next(n for n in range(options.lap, late_start) if (late_start - 100) % n == 0)
     sequence = circuit(lap, 1.0, (options.width, options.width * 3 // 4), options.seed)
     images = list(sequence.frames())  # rendered before anything is measured
-    reconstructor = Reconstructor(config, backbone)
-    seconds, memory, context = np.zeros(options.frames), np.zeros(options.frames), np.zeros(options.frames, int)
-    young_seconds = np.zeros(options.frames)
-    young: Reconstructor | None = None
+    not_ours = sum(frame.image.nbytes for frame in images)
+    reconstructor = Busy(config, backbone)
+    memory, context = np.zeros(options.frames), np.zeros(options.frames, int)
+    young: Busy | None = None
+    before = (0.0, 0.0)
     posed = 0
     for i in range(options.frames):
         frame = replace(images[i % lap], stamp_ns=round(i * 1e8))
-        started = time.process_time()
-        update = reconstructor.push(frame)
-        seconds[i] = time.process_time() - started
-        posed += len(update.poses)
-        memory[i] = _resident() if young is None else memory[i - 1]
         if i == late_start - 100:
-            young = Reconstructor(config, backbone)
+            young = Busy(config, backbone)
+        if i == late_start:
+            assert young is not None
+            before = reconstructor.seconds, young.seconds
+        posed += len(reconstructor.push(frame).poses)
+        memory[i] = _resident() - not_ours if young is None else memory[i - 1]
         if young is not None:
-            started = time.process_time()
             young.push(frame)
-            young_seconds[i] = time.process_time() - started
         context[i] = reconstructor.status()["context_bytes"]
         if i % 1000 == 999:
             print(
-                f"frame {i + 1}: {1e3 * seconds[i - 199 : i + 1].mean():.1f} ms CPU, {memory[i] / 2**20:.0f} MiB, "
-                f"{reconstructor.status()['keyframes']} keyframes", flush=True,
+                f"frame {i + 1}: {1e3 * reconstructor.seconds / (i + 1):.1f} ms CPU per frame so far, "
+                f"{memory[i] / 2**20:.0f} MiB, {reconstructor.status()['keyframes']} keyframes", flush=True,
             )  # fmt: skip
+    assert young is not None
+    late_seconds, young_seconds = reconstructor.seconds - before[0], young.seconds - before[1]
     posed += len(reconstructor.finish().poses)
     early, late = slice(100, 100 + options.span), slice(late_start, None)
     status = reconstructor.status()
@@ -274,9 +277,9 @@ def endurance(options: argparse.Namespace, config: Config, backbone: Backbone) -
         "frames": options.frames,
         "lap": lap,
         "posed": posed / options.frames,
-        "frame_100_ms": 1e3 * float(young_seconds[late].mean()),
-        "late_ms": 1e3 * float(seconds[late].mean()),
-        "time_ratio": float(seconds[late].mean() / young_seconds[late].mean()),
+        "frame_100_ms": 1e3 * young_seconds / options.span,
+        "late_ms": 1e3 * late_seconds / options.span,
+        "time_ratio": late_seconds / young_seconds,
         "early_mib": float(memory[early].mean()) / 2**20,
         "late_mib": float(memory[late].mean()) / 2**20,
         "memory_ratio": float(memory[late].mean() / memory[early].mean()),
@@ -288,6 +291,30 @@ def endurance(options: argparse.Namespace, config: Config, backbone: Backbone) -
         "loops": status["loops"],
         "points": status["points"],
     }
+
+
+class Busy(Reconstructor):
+    """Counts its processor ``seconds``: of ``push``, and of what its threads do beside it, once that is done."""
+
+    def __init__(self, config: Config, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        self._spent: list[float] = []
+        for pool in (self._beside, self._loops._pool):
+            pool.submit = functools.partial(pool.submit, self._counted)  # type: ignore[method-assign]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self._spent)
+
+    def push(self, frame: Frame) -> Update:
+        return self._counted(super().push, frame)
+
+    def _counted(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        started = time.thread_time()
+        try:
+            return call(*arguments)
+        finally:
+            self._spent.append(time.thread_time() - started)
 
 
 class Timed(Reconstructor):
