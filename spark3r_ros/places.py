@@ -257,18 +257,21 @@ def _pose(xyz: np.ndarray, xy: np.ndarray, min_inliers: int) -> tuple[np.ndarray
     points, rays = np.ascontiguousarray(xyz[usable], float), np.ascontiguousarray(xy[usable], float)
     found, w, t, inliers = cv2.solvePnPRansac(
         points, rays, np.eye(3), None, iterationsCount=RANSAC_ROUNDS, reprojectionError=REPROJECTION,
-        confidence=0.999, flags=cv2.SOLVEPNP_SQPNP,
+        confidence=0.999, flags=cv2.SOLVEPNP_P3P,
     )  # fmt: skip
     if not found or inliers is None or len(inliers) < min_inliers:
         return None
     rows = inliers.ravel()
-    w, t = cv2.solvePnPRefineLM(points[rows], rays[rows], np.eye(3), None, w, t)
-    T = geometry.make_T(geometry.so3_exp(w.ravel()), t.ravel())
-    moved = geometry.transform(T, points)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        error = np.linalg.norm(moved[:, :2] / moved[:, 2:] - rays, axis=1)
-    inlier = usable[(error < REPROJECTION) & (moved[:, 2] > 0)]
-    return (T, inlier) if len(inlier) >= min_inliers else None
+    for _ in range(2):  # three points make a rough pose, which misses some of those that agree with the refined one
+        w, t = cv2.solvePnPRefineLM(points[rows], rays[rows], np.eye(3), None, w, t)
+        T = geometry.make_T(geometry.so3_exp(w.ravel()), t.ravel())
+        moved = geometry.transform(T, points)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            error = np.linalg.norm(moved[:, :2] / moved[:, 2:] - rays, axis=1)
+        rows = np.flatnonzero((error < REPROJECTION) & (moved[:, 2] > 0))
+        if len(rows) < min_inliers:
+            return None
+    return T, usable[rows]
 
 
 class PlaceStore:
