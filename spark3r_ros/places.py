@@ -186,43 +186,39 @@ class _Pairs:
     place_xy: np.ndarray  # [M, 2] rays (z = 1)
     query_xy: np.ndarray  # [M, 2]
 
-    def errors(self, T_query_place: np.ndarray, log_scale: float) -> np.ndarray:
-        """[5, M] how far the place's corners lie off the query's rays (2), the query's off the place's (2), and by how
-        much their depths differ in log; over the sigma of each, and zero where something is not known."""
-        S_place_query = geometry.inverse(T_query_place) @ geometry.similarity(float(np.exp(log_scale)), np.eye(4))
-        forward = geometry.transform(T_query_place, self.place_xyz)  # query camera, place units
+    def errors(self, T_query_place: np.ndarray, log_scale: np.ndarray) -> np.ndarray:
+        """[..., 5, M] for poses [..., 4, 4] and log scales [...]: how far the place's corners lie off the query's rays
+        (2), the query's off the place's (2), and by how much their depths differ in log; over the sigma of each, and
+        zero where something is not known."""
+        S_place_query = geometry.inverse(T_query_place)
+        S_place_query[..., :3, :3] *= np.exp(log_scale)[..., None, None]
+        forward = geometry.transform(T_query_place, self.place_xyz)  # [..., M, 3] query camera, place units
         backward = geometry.transform(S_place_query, self.query_xyz)
         rows = []
         with np.errstate(all="ignore"):
             for moved, rays in ((forward, self.query_xy), (backward, self.place_xy)):
-                off = (moved[:, :2] / moved[:, 2:] - rays) / REPROJECTION
-                off[~(moved[:, 2] > 0)] = np.nan
-                rows += [off[:, 0], off[:, 1]]
-            rows.append((np.log(forward[:, 2] / self.query_xyz[:, 2]) - log_scale) / DEPTH_SIGMA)
-        return np.nan_to_num(np.stack(rows), nan=0.0, posinf=0.0, neginf=0.0)
+                off = (moved[..., :2] / moved[..., 2:] - rays) / REPROJECTION
+                off[~(moved[..., 2] > 0)] = np.nan
+                rows += [off[..., 0], off[..., 1]]
+            rows.append((np.log(forward[..., 2] / self.query_xyz[:, 2]) - log_scale[..., None]) / DEPTH_SIGMA)
+        return np.nan_to_num(np.stack(rows, axis=-2), nan=0.0, posinf=0.0, neginf=0.0)
 
     def num_agreeing(self, T_query_place: np.ndarray, log_scale: float) -> tuple[int, int]:
         """Corners of the place that the query sees where they should be, and the other way round."""
-        errors = self.errors(T_query_place, log_scale)
+        errors = self.errors(T_query_place, np.array(log_scale))
         there, back = (np.hypot(errors[i], errors[i + 1]) for i in (0, 2))
         return int(np.sum((there < 1) & (there > 0))), int(np.sum((back < 1) & (back > 0)))
 
 
 def _solve_jointly(T_query_place: np.ndarray, log_scale: float, pairs: _Pairs) -> tuple[np.ndarray, float]:
     """The pose and log scale (place units per query unit) that both cameras agree on best: IRLS (Cauchy)."""
+    nudges = 1e-6 * np.eye(8, 7, -1)  # none, then one along each axis
+    T_nudges = geometry.se3_exp(nudges[:, :6])
     for _ in range(8):
-        error = pairs.errors(T_query_place, log_scale)  # [5, M]
-        columns = []
-        for axis in range(7):
-            step = np.zeros(7)
-            step[axis] = 1e-6
-            moved = geometry.se3_exp(step[:6]) @ T_query_place
-            columns.append((pairs.errors(moved, log_scale + step[6]) - error).ravel() / 1e-6)
-        J = np.stack(columns, axis=1)  # [5 M, 7]
-        weight = 1 / (1 + error.ravel() ** 2)
-        step = np.linalg.lstsq(
-            (J * weight[:, None]).T @ J + 1e-9 * np.eye(7), -J.T @ (weight * error.ravel()), rcond=None
-        )[0]
+        errors = pairs.errors(T_nudges @ T_query_place, log_scale + nudges[:, 6]).reshape(8, -1)  # [8, 5 M]
+        error, J = errors[0], (errors[1:] - errors[0]).T / 1e-6
+        weight = 1 / (1 + error**2)
+        step = np.linalg.lstsq((J * weight[:, None]).T @ J + 1e-9 * np.eye(7), -J.T @ (weight * error), rcond=None)[0]
         T_query_place, log_scale = geometry.se3_exp(step[:6]) @ T_query_place, log_scale + float(step[6])
         if np.abs(step).max() < 1e-6:
             break
