@@ -101,6 +101,7 @@ class LoopCloser:
     """
 
     SPACING = 3  # keyframes between two loops
+    SPARE = 50  # one of so many places is forgotten beyond the bound, so that it is seldom that all are compared
     TOLERATED = 2.0  # sigmas by which a loop may be off before the graph is solved for it
     ENOUGH = 8  # loops that were in order before the graph is solved for all of them
 
@@ -184,6 +185,7 @@ class LoopCloser:
         excess = len(self.places) - self.config.max_places
         if excess <= 0:
             return
+        excess += self.config.max_places // self.SPARE
         known = sorted(self.places.ids)
         old = known[: max(2, len(known) - self.config.min_gap)]
         views = _Views([keyframes[i] for i in old])

@@ -250,3 +250,10 @@ def test_below_the_bound_nothing_is_forgotten():
     closer, keyframes = remembered([0] * 9, LoopConfig(max_places=10))
     closer.forget_places(keyframes)
     assert len(closer.places) == 9
+def test_a_few_are_forgotten_beyond_the_bound_so_that_it_is_not_done_each_time():
+    rng = np.random.default_rng(4)
+    closer, keyframes = remembered(rng.uniform(0, 30, 205), LoopConfig(max_places=200))
+    closer.forget_places(keyframes)
+    assert len(closer.places) == 200 - 200 // closer.SPARE
+
+
