@@ -337,38 +337,39 @@ def optimise_gtsam(S_map: dict[int, np.ndarray], edges: Sequence[Edge]) -> dict[
     """Levenberg-Marquardt on Similarity3 factors; Cauchy loss on loops."""
     import gtsam
 
+    nodes = dict(zip(S_map, _to_gtsam(np.stack(list(S_map.values()))), strict=True))
+    measured = _to_gtsam(np.stack([e.S_first_second for e in edges]))
     values = gtsam.Values()
-    for node, S in S_map.items():
-        values.insert(node, _to_gtsam(S))
+    for node, S in nodes.items():
+        values.insert(node, S)
     parameters = gtsam.LevenbergMarquardtParams()
     parameters.setMaxIterations(ITERATIONS)
     parameters.setRelativeErrorTol(1e-5)
     for width in CAUCHY_WIDTHS:
-        graph = _gtsam_graph(S_map, edges, width)
+        graph = _gtsam_graph(nodes, edges, measured, width)
         values = gtsam.LevenbergMarquardtOptimizer(graph, values, parameters).optimize()
     return {node: _from_gtsam(values.atSimilarity3(node)) for node in S_map}
 
 
-def _gtsam_graph(S_map: dict[int, np.ndarray], edges: Sequence[Edge], width: float):  # type: ignore[no-untyped-def]
+def _gtsam_graph(nodes, edges: Sequence[Edge], measured, width: float):  # type: ignore[no-untyped-def]
+    """``nodes``: gtsam's similarities by number, ``measured``: those of the edges."""
     import gtsam
 
     graph = gtsam.NonlinearFactorGraph()
-    first = min(S_map)
+    first = min(nodes)
     fixed = gtsam.noiseModel.Isotropic.Sigma(7, 1e-6)
-    graph.add(gtsam.PriorFactorSimilarity3(first, _to_gtsam(S_map[first]), fixed))
+    graph.add(gtsam.PriorFactorSimilarity3(first, nodes[first], fixed))
     free = gtsam.noiseModel.Diagonal.Sigmas(np.array([1e4] * 6 + [SCALE_PRIOR]))
-    unit = _to_gtsam(S_map[first])
-    for node, S in S_map.items():
-        expected = gtsam.Similarity3(gtsam.Rot3(_rotation(S)), S[:3, 3] / unit.scale(), unit.scale())
+    unit = nodes[first].scale()
+    for node, S in nodes.items():
+        expected = gtsam.Similarity3(S.rotation(), S.translation() * S.scale() / unit, unit)
         graph.add(gtsam.PriorFactorSimilarity3(node, expected, free))
-    for edge in edges:
+    for edge, S in zip(edges, measured, strict=True):
         r, t, s = edge.sigmas
-        diagonal = gtsam.noiseModel.Diagonal.Sigmas(np.array([r] * 3 + [t] * 3 + [s]))
-        noise: gtsam.noiseModel.Base = diagonal
+        noise: gtsam.noiseModel.Base = gtsam.noiseModel.Diagonal.Sigmas(np.array([r] * 3 + [t] * 3 + [s]))
         if edge.is_loop:
-            noise = gtsam.noiseModel.Robust.Create(gtsam.noiseModel.mEstimator.Cauchy.Create(width), diagonal)
-        measured = _to_gtsam(edge.S_first_second)
-        graph.add(gtsam.BetweenFactorSimilarity3(edge.first, edge.second, measured, noise))
+            noise = gtsam.noiseModel.Robust.Create(gtsam.noiseModel.mEstimator.Cauchy.Create(width), noise)
+        graph.add(gtsam.BetweenFactorSimilarity3(edge.first, edge.second, S, noise))
     return graph
 
 
@@ -438,16 +439,13 @@ def _log(S: np.ndarray) -> np.ndarray:
     )
 
 
-def _rotation(S: np.ndarray) -> np.ndarray:
-    return geometry.project_to_so3(S[:3, :3])
-
-
 def _to_gtsam(S: np.ndarray):  # type: ignore[no-untyped-def]
-    """gtsam's Similarity3 scales after it moves: p -> s (R p + t)."""
+    """Similarities [N, 4, 4] as a list of gtsam's, which scale after they move: p -> s (R p + t)."""
     import gtsam
 
-    scale = float(geometry.scale_of(S))
-    return gtsam.Similarity3(gtsam.Rot3(_rotation(S)), S[:3, 3] / scale, scale)
+    scale = geometry.scale_of(S)
+    R, t = geometry.project_to_so3(S[:, :3, :3]), S[:, :3, 3] / scale[:, None]
+    return [gtsam.Similarity3(gtsam.Rot3(r), *rest) for r, *rest in zip(R, t, scale, strict=True)]
 
 
 def _from_gtsam(S) -> np.ndarray:  # type: ignore[no-untyped-def]
