@@ -198,6 +198,22 @@ def test_keyframes_between_anchors_move_in_proportion():
         assert moved[i][2, 3] - nodes[i][2, 3] == pytest.approx(i / 10, abs=1e-9)
 
 
+def test_loops_that_are_in_order_are_collected():
+    closer, keyframes = remembered([0.0], LoopConfig())
+    S = keyframes[0].S_map_keyframe
+    for i in range(closer.ENOUGH):
+        assert not closer.is_due, i
+        closer._take(loop_edge(0, i + 1, np.eye(4), 2.0), S, S)
+    assert closer.is_due
+
+
+def test_a_loop_that_is_off_is_solved_for_at_once():
+    closer, keyframes = remembered([0.0], LoopConfig())
+    S = keyframes[0].S_map_keyframe
+    closer._take(loop_edge(0, 1, np.eye(4), 2.0), S, geometry.make_T(np.eye(3), np.array([0.2, 0.0, 0.0])) @ S)
+    assert closer.is_due
+
+
 # -- places that are remembered ------------------------------------------------------------------------------------
 
 
@@ -246,10 +262,6 @@ def test_forgetting_many_is_forgetting_one_by_one():
     assert sorted(closer.places.ids) == left
 
 
-def test_below_the_bound_nothing_is_forgotten():
-    closer, keyframes = remembered([0] * 9, LoopConfig(max_places=10))
-    closer.forget_places(keyframes)
-    assert len(closer.places) == 9
 def test_a_few_are_forgotten_beyond_the_bound_so_that_it_is_not_done_each_time():
     rng = np.random.default_rng(4)
     closer, keyframes = remembered(rng.uniform(0, 30, 205), LoopConfig(max_places=200))
@@ -257,3 +269,7 @@ def test_a_few_are_forgotten_beyond_the_bound_so_that_it_is_not_done_each_time()
     assert len(closer.places) == 200 - 200 // closer.SPARE
 
 
+def test_below_the_bound_nothing_is_forgotten():
+    closer, keyframes = remembered([0] * 9, LoopConfig(max_places=10))
+    closer.forget_places(keyframes)
+    assert len(closer.places) == 9
