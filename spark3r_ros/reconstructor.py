@@ -670,10 +670,11 @@ class Reconstructor:
         if not self._loops.is_running:
             return
         moved = self._loops.collect()
-        for number, S in moved.items():
+        S = np.stack(list(moved.values()))
+        poses = geometry.make_T(geometry.project_to_so3(S[:, :3, :3]), S[:, :3, 3])
+        for number, scale, T_map_camera in zip(moved, geometry.scale_of(S).tolist(), poses, strict=True):
             keyframe = self._keyframes[number]
-            keyframe.scale = float(geometry.scale_of(S))
-            keyframe.T_map_camera = geometry.make_T(geometry.project_to_so3(S[:3, :3]), S[:3, 3])
+            keyframe.scale, keyframe.T_map_camera = scale, T_map_camera
         last = self._keyframes[max(moved)]
         self._S_map_world = last.S_map_keyframe @ geometry.inverse(last.T_world_camera)
         for number in range(last.id + 1, self._next_keyframe):
