@@ -81,8 +81,8 @@ class Keyframe:
         return S
 
     def retire(self) -> None:
-        """Drop the images of a keyframe that has left the window."""
-        self.rgb = self.dense = self.metric_depth = None
+        """Drop the images of a keyframe that has left the window, and corners if it was never solved."""
+        self.rgb = self.dense = self.metric_depth = self.corners = None
 
 
 class Window:
