@@ -203,7 +203,9 @@ class MapConfig(_Group):
     max_depth_jump: float = param(0.08, "relative depth step between neighbours that marks an edge", ge=0.0, le=10.0)
     min_parallax: float = param(0.01, "least baseline over depth that a point needs", ge=0.0, le=1.0)
     voxel_size: float = param(0.01, "voxel edge as a share of the keyframe's median depth", ge=1e-5, le=1.0)
-    max_points: int = param(1_000_000, "bound of the fused map", ge=1000, le=200_000_000)
+    max_points: int = param(
+        1_000_000, "bound of the fused map, whose memory is claimed at the start", ge=1000, le=200_000_000
+    )
 
 
 @dataclass(frozen=True)

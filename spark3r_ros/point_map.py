@@ -91,63 +91,102 @@ def keyframe_points(
     return voxel_fuse(points, config.voxel_size * float(np.median(depth[mask])))
 
 
+def _more_confident_half(points: KeyframePoints) -> np.ndarray:
+    """Rows [N // 2], ascending; of equals the first."""
+    count = len(points) // 2
+    least = -np.partition(-points.confidence, count)[count]  # the best that has to go
+    better = points.confidence > least
+    equal = np.flatnonzero(points.confidence == least)[: count - int(better.sum())]
+    better[equal] = True
+    return np.flatnonzero(better)
+
+
 class PointMap:
-    """Points by keyframe, never more than ``config.max_points`` in all."""
+    """Points by keyframe, never more than ``config.max_points`` in all, in memory that is claimed once.
+
+    Each keyframe's points are one slice of the arrays. What is removed leaves gaps, which are closed when the end is
+    reached.
+    """
 
     def __init__(self, config: MapConfig) -> None:
         self.config = config
-        self._points: dict[int, KeyframePoints] = {}
-        self._densest: list[tuple[int, int]] = []  # heap of (-points, keyframe), with entries that no longer hold
-        self._total = 0
+        rows = config.max_points + config.max_points // 8  # gaps
+        self._all = KeyframePoints(  # np.full writes to it, which makes it resident; np.zeros would not
+            np.full((rows, 3), 0, np.float32), np.full((rows, 3), 0, np.uint8), np.full(rows, 0, np.float32)
+        )
+        self.clear()
 
     def __len__(self) -> int:
         return self._total
 
     def __getitem__(self, keyframe_id: int) -> KeyframePoints:
-        return self._points[keyframe_id]
+        """The points of one keyframe: a view, good until the map changes."""
+        start, count = self._slices[keyframe_id]
+        rows = slice(start, start + count)
+        return KeyframePoints(self._all.xyz[rows], self._all.rgb[rows], self._all.confidence[rows])
 
     def __contains__(self, keyframe_id: int) -> bool:
-        return keyframe_id in self._points
+        return keyframe_id in self._slices
 
     def set(self, keyframe_id: int, points: KeyframePoints) -> None:
-        """Store or replace the points of a keyframe, then thin the densest keyframes until the bound holds."""
+        """Store or replace the points of a keyframe, and thin the densest keyframes so that the bound holds."""
         self.remove(keyframe_id)
-        self._put(keyframe_id, points)
-        while self._total > self.config.max_points:
-            self._thin(self._pop_densest())
+        while self._total + len(points) > self.config.max_points:
+            if self._densest_key() < (-len(points), keyframe_id):
+                self._thin(heapq.heappop(self._densest)[1])
+            else:
+                points = points.take(_more_confident_half(points))
+        if self._end + len(points) > len(self._all):
+            self._close_gaps()
+        self._write(keyframe_id, self._end, points)
+        self._end += len(points)
 
-    def _put(self, keyframe_id: int, points: KeyframePoints) -> None:
-        self._points[keyframe_id] = points
+    def remove(self, keyframe_id: int) -> None:
+        _, count = self._slices.pop(keyframe_id, (0, 0))
+        self._total -= count
+
+    def clear(self) -> None:
+        self._slices: dict[int, tuple[int, int]] = {}  # by keyframe: first row and number of rows; in order of rows
+        self._densest: list[tuple[int, int]] = []  # heap of (-points, keyframe), with entries that hold no longer
+        self._total = self._end = 0
+
+    def _write(self, keyframe_id: int, start: int, points: KeyframePoints) -> None:
+        rows = slice(start, start + len(points))
+        self._all.xyz[rows], self._all.rgb[rows] = points.xyz, points.rgb
+        self._all.confidence[rows] = points.confidence
+        self._slices[keyframe_id] = start, len(points)
         self._total += len(points)
         heapq.heappush(self._densest, (-len(points), keyframe_id))
 
-    def _pop_densest(self) -> int:
-        """The keyframe with most points, of several the oldest."""
-        while True:
-            count, keyframe_id = heapq.heappop(self._densest)
-            if keyframe_id in self._points and len(self._points[keyframe_id]) == -count:
-                return keyframe_id
-
-    def remove(self, keyframe_id: int) -> None:
-        old = self._points.pop(keyframe_id, None)
-        if old is not None:
-            self._total -= len(old)
-
-    def clear(self) -> None:
-        self._points.clear()
-        self._densest.clear()
-        self._total = 0
+    def _densest_key(self) -> tuple[float, int]:
+        """Entry of the keyframe with most points, of several the oldest; it is the first of the heap."""
+        while self._densest:
+            count, keyframe_id = self._densest[0]
+            if keyframe_id in self._slices and self._slices[keyframe_id][1] == -count:
+                return count, keyframe_id
+            heapq.heappop(self._densest)
+        return float("inf"), 0
 
     def _thin(self, keyframe_id: int) -> None:
         """Keep the more confident half of one keyframe's points."""
-        points = self._points[keyframe_id]
-        best = np.sort(np.argsort(-points.confidence, kind="stable")[: len(points) // 2])
-        self._total -= len(points)
-        self._put(keyframe_id, points.take(best))
+        points = self[keyframe_id]
+        start, count = self._slices[keyframe_id]
+        self._total -= count
+        self._write(keyframe_id, start, points.take(_more_confident_half(points)))
+
+    def _close_gaps(self) -> None:
+        end = 0
+        for keyframe_id, (start, count) in self._slices.items():
+            if start != end:
+                for array in (self._all.xyz, self._all.rgb, self._all.confidence):
+                    array[end : end + count] = array[start : start + count]
+            self._slices[keyframe_id] = end, count
+            end += count
+        self._end = end
 
     def gather(self, similarities: Mapping[int, np.ndarray]) -> KeyframePoints:
         """The points of the given keyframes, moved by their ``S_map_keyframe`` [4, 4], in order of the mapping."""
-        parts = [(S, self._points[k]) for k, S in similarities.items() if k in self._points]
+        parts = [(S, self[k]) for k, S in similarities.items() if k in self]
         if not parts:
             return KeyframePoints(np.zeros((0, 3), np.float32), np.zeros((0, 3), np.uint8), np.zeros(0, np.float32))
         xyz = [geometry.transform(S, p.xyz.astype(np.float64)).astype(np.float32) for S, p in parts]

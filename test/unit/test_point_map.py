@@ -1,5 +1,7 @@
 """Which pixels are trusted, how they are fused, and that the map keeps its bound."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -174,6 +176,41 @@ def test_the_bound_holds_for_any_order_of_additions():
             store.remove(int(rng.integers(0, 25)))
         assert len(store) <= 1000
         assert len(store) == sum(len(store[k]) for k in range(25) if k in store)
+
+
+class PlainMap:
+    """What PointMap does, keyframe by keyframe in arrays of their own."""
+
+    def __init__(self, max_points):
+        self.max_points, self.points = max_points, {}
+
+    def set(self, number, added):
+        self.points[number] = added
+        while sum(len(p) for p in self.points.values()) > self.max_points:
+            densest = min(self.points, key=lambda k: (-len(self.points[k]), k))
+            p = self.points[densest]
+            best = np.argsort(-p.confidence, kind="stable")[: len(p) // 2]
+            self.points[densest] = p.take(np.sort(best))
+
+
+@pytest.mark.parametrize("levels", [3, 1000])  # few: many points are equally confident
+def test_one_block_of_memory_holds_what_separate_arrays_would(levels):
+    store, plain = PointMap(MapConfig(max_points=1000)), PlainMap(1000)
+    rng = np.random.default_rng(levels)
+    for i in range(200):
+        number, added = int(rng.integers(0, 25)), points(int(rng.choice([0, 1, 40, 500, 1500])), i)
+        added = replace(added, confidence=np.round(levels * added.confidence) / np.float32(levels))
+        store.set(number, added)
+        plain.set(number, added)
+        if rng.random() < 0.3:
+            gone = int(rng.integers(0, 25))
+            store.remove(gone)
+            plain.points.pop(gone, None)
+        for k in range(25):
+            assert (k in store) == (k in plain.points)
+            if k in store:
+                for name in ("xyz", "rgb", "confidence"):
+                    np.testing.assert_array_equal(getattr(store[k], name), getattr(plain.points[k], name))
 
 
 def test_setting_again_replaces_and_removing_forgets():
