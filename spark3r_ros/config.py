@@ -170,7 +170,8 @@ class LoopConfig(_Group):
     candidates: int = param(3, "similar places that are compared with each new keyframe", ge=1, le=100)
     max_nodes: int = param(300, "nodes of the pose graph; longer paths get longer steps", ge=10, le=100000)
     max_places: int = param(
-        1000, "places that are remembered; of the two that look from the nearest positions the newer goes",
+        1000, "places that are remembered, in memory claimed at the start; of the two that look from the nearest "
+        "positions the newer goes",
         ge=10, le=1000000,
     )  # fmt: skip
     corners: int = param(400, "described corners that a keyframe remembers", ge=50, le=5000)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -271,10 +271,18 @@ def _pose(xyz: np.ndarray, xy: np.ndarray, min_inliers: int) -> tuple[np.ndarray
 
 
 class PlaceStore:
-    """All places by keyframe, and the lookup of those that look alike."""
+    """All places by keyframe, and the lookup of those that look alike.
 
-    def __init__(self) -> None:
+    Memory for ``capacity`` places of ``max_corners`` is claimed once; what does not fit in there has its own.
+    """
+
+    def __init__(self, capacity: int = 0, max_corners: int = 0) -> None:
         self._places: dict[int, Place] = {}
+        rows = (capacity, max_corners)  # np.full makes them resident, np.zeros would not
+        self._xy, self._depth = np.full((*rows, 2), 0, np.float32), np.full(rows, 0, np.float32)
+        self._orb = np.full((*rows, 32), 0, np.uint8)
+        self._free_rows = list(range(capacity))
+        self._rows: dict[int, int] = {}  # by keyframe, of places that lie in these arrays
         self._descriptors = np.zeros((0, 0), np.float32)  # [capacity, C]
         self._ids = np.zeros(0, np.int64)  # [capacity]
         self._count = 0
@@ -295,7 +303,8 @@ class PlaceStore:
     def ids(self) -> list[int]:
         return list(self._places)
 
-    def add(self, place: Place) -> None:
+    def add(self, place: Place) -> Place:
+        """Returns the place as it is kept: good until it is removed."""
         if self._count == len(self._ids):
             more = max(64, self._count)
             room = np.zeros((more, len(place.descriptor)), np.float32)
@@ -304,11 +313,23 @@ class PlaceStore:
         self._descriptors[self._count] = place.descriptor
         self._ids[self._count] = place.keyframe_id
         self._count += 1
+        if self._free_rows and len(place.xy) <= self._xy.shape[1]:
+            place = self._moved(place)
         self._places[place.keyframe_id] = place
+        return place
+
+    def _moved(self, place: Place) -> Place:
+        row = self._rows[place.keyframe_id] = self._free_rows.pop()
+        count = len(place.xy)
+        kept = replace(place, xy=self._xy[row, :count], depth=self._depth[row, :count], orb=self._orb[row, :count])
+        kept.xy[:], kept.depth[:], kept.orb[:] = place.xy, place.depth, place.orb
+        return kept
 
     def remove(self, keyframe_id: int) -> None:
-        """Forget one place; the last one moves into its row."""
+        """Forget one place; the last descriptor moves into the row of its own."""
         del self._places[keyframe_id]
+        if keyframe_id in self._rows:
+            self._free_rows.append(self._rows.pop(keyframe_id))
         self._count -= 1
         row = int(np.flatnonzero(self._ids[: self._count + 1] == keyframe_id)[0])
         self._descriptors[row], self._ids[row] = self._descriptors[self._count], self._ids[self._count]

@@ -158,7 +158,7 @@ class Reconstructor:
         self._state = TrackingState.INITIALISING
         self._scale_filter = ScaleFilter(self.config.scale)
         self._odometry = OdometrySource(self.config.scale)
-        self._places = PlaceStore()
+        self._places = PlaceStore(self.config.loops.max_places + self.config.window.size, self.config.loops.corners)
         self._loops = LoopCloser(self.config.loops, self._places)
         self._corrections = 0
         self._last_report: WindowReport | None = None
@@ -629,7 +629,7 @@ class Reconstructor:
             if loop is not None and self._unconnected_from is not None:
                 self._connect(loop)
         self._tie(keyframe)
-        self._places.add(keyframe.place)
+        keyframe.place = self._places.add(keyframe.place)
 
     def _step(self, keyframe: Keyframe, link_sigma: float) -> None:
         """Join a new keyframe to the one before it; ``link_sigma``: of log scale, of the link between their windows."""
@@ -872,7 +872,7 @@ class Reconstructor:
         for keyframe in saved.keyframes:
             self._keyframes[keyframe.id] = keyframe
             if keyframe.place is not None:
-                self._places.add(keyframe.place)
+                keyframe.place = self._places.add(keyframe.place)
         for number, points in saved.points.items():
             self._points.set(number, points)
         self._loops.edges.extend(saved.edges)

@@ -110,3 +110,18 @@ def test_places_that_look_alike_come_first_and_apart():
     assert min(abs(p.keyframe_id - q.keyframe_id) for p in best for q in best if p is not q) > 3
     assert all(p.keyframe_id < 20 for p in store.similar(store[40].descriptor, 5, 0, before=20))
     assert store.similar(store[40].descriptor, 5, 0, before=0) == []
+
+
+def test_places_lie_in_memory_that_is_claimed_once():
+    store = PlaceStore(capacity=2, max_corners=60)
+    views = {number: dataclasses.replace(two_views(50 + number)[1], keyframe_id=number) for number in (0, 1, 2, 20)}
+    kept = {number: store.add(views[number]) for number in (0, 20, 1, 2)}  # 20 has too many corners, 2 comes too late
+    own = {number for number, place in kept.items() if place.xy is views[number].xy}
+    assert own == {20, 2}
+    store.remove(0)
+    kept[5] = store.add(dataclasses.replace(views[2], keyframe_id=5))
+    assert np.shares_memory(kept[5].xy, kept[0].xy)
+    for number, wanted in ((1, views[1]), (2, views[2]), (20, views[20]), (5, views[2])):
+        assert store[number] is kept[number]
+        for name in ("descriptor", "xy", "depth", "orb"):
+            np.testing.assert_array_equal(getattr(store[number], name), getattr(wanted, name))
