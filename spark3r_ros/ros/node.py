@@ -24,7 +24,7 @@ from rcl_interfaces.msg import SetParametersResult
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup, ReentrantCallbackGroup
 from rclpy.clock import Clock, ClockType, JumpThreshold, TimeJump
 from rclpy.duration import Duration
-from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.executors import ExternalShutdownException
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from rclpy.publisher import Publisher
@@ -38,6 +38,7 @@ from spark3r_ros.export import write_ply
 from spark3r_ros.frame import Frame
 from spark3r_ros.preprocess import FrameError
 from spark3r_ros.ros import diagnostics, interface, parameters, qos, stamps
+from spark3r_ros.ros.executor import LeanExecutor
 from spark3r_ros.ros.inputs import Companions, ImageInput, Taken
 from spark3r_ros.ros.outputs import Outputs, load_place
 from spark3r_ros.ros.tf import Transforms
@@ -479,7 +480,7 @@ def main(args: list[str] | None = None, make_reconstructor: Factory = load_recon
     node = None
     try:
         node = Spark3rNode(make_reconstructor)
-        executor = SingleThreadedExecutor()
+        executor = LeanExecutor()
         executor.add_node(node)
         if node.node_config.autostart and not start(node):
             return 1

@@ -19,6 +19,7 @@ from std_srvs.srv import Trigger
 from tf2_msgs.msg import TFMessage
 
 from spark3r_ros.ros import conversions, stamps
+from spark3r_ros.ros.executor import LeanExecutor
 from spark3r_ros.ros.node import Spark3rNode, start
 
 CAMERA = "camera_optical_frame"
@@ -44,7 +45,7 @@ class Rig:
             cli_args=arguments,
             namespace=namespace,
         )
-        self.executor = SingleThreadedExecutor()
+        self.executor = LeanExecutor()
         self.executor.add_node(self.node)
         if started:
             assert start(self.node)
