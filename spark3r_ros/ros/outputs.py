@@ -136,10 +136,9 @@ class Outputs:
     def _send_pose(self, place: Placement, pose: FramePose, update: Update) -> None:
         self._follow_mount(place, pose.stamp_ns)
         T_odom_body = place.T_odom_camera(pose) @ self._T_camera_body
-        T_map_body = place.T_map_camera(pose) @ self._T_camera_body
         is_lost = pose.state is TrackingState.LOST
         in_map = self.config.tf_mode in ("map_to_odom", "map_to_camera")
-        T_parent_body = T_map_body if in_map else T_odom_body
+        T_parent_body = place.T_map_camera(pose) @ self._T_camera_body if in_map else T_odom_body
         covariance = covariance_in_parent(pose.covariance, self._adjoint_body_camera, T_parent_body)
         twist, twist_covariance = self._twist.update(pose.stamp_ns, T_odom_body, covariance)
         if is_lost:
@@ -151,23 +150,22 @@ class Outputs:
         self._publishers["~/odometry"].publish(msg)
         self._stats.pose_sent(pose.stamp_ns)
         if not is_lost:
-            self._send_transforms(place, pose, T_odom_body, T_map_body, update)
+            self._send_transforms(place, pose, T_parent_body, update)
 
-    def _send_transforms(
-        self, place: Placement, pose: FramePose, T_odom_body: np.ndarray, T_map_body: np.ndarray, update: Update
-    ) -> None:
+    def _send_transforms(self, place: Placement, pose: FramePose, T_parent_body: np.ndarray, update: Update) -> None:
+        """``T_parent_body``: as in the odometry."""
         config, mode = self.config, self.config.tf_mode
         if self.problem or mode == "off":
             return
         if mode == "odom_to_base":
             self.tf.set_map_to_odom(place.T_map_odom(update.T_map_odom), pose.stamp_ns)
-            self.tf.send(config.odom_frame, place.body, pose.stamp_ns, T_odom_body)
+            self.tf.send(config.odom_frame, place.body, pose.stamp_ns, T_parent_body)
         elif mode == "map_to_camera":
             self.tf.send(config.map_frame, place.camera, pose.stamp_ns, place.T_map_camera(pose))
         elif update.scale.is_metric:  # map_to_odom; in model units the robot's odometry cannot be compared
             T_odom_base = self._companions.T_odom_base(pose.stamp_ns)
             if T_odom_base is not None:
-                self.tf.set_map_to_odom(T_map_body @ geometry.inverse(T_odom_base), pose.stamp_ns)
+                self.tf.set_map_to_odom(T_parent_body @ geometry.inverse(T_odom_base), pose.stamp_ns)
 
     def _follow_mount(self, place: Placement, stamp_ns: int) -> None:
         """The camera may move on the robot (pan and tilt); while its place is late, the last one counts."""
