@@ -56,7 +56,9 @@ _LAYOUTS: dict[str, _Layout] = {
 ENCODINGS: tuple[str, ...] = tuple(sorted(_LAYOUTS))
 
 
-def decode(encoding: str, data: bytes, height: int, width: int, step: int, is_bigendian: bool = False) -> np.ndarray:
+def decode(
+    encoding: str, data: bytes | memoryview, height: int, width: int, step: int, is_bigendian: bool = False
+) -> np.ndarray:
     """The pixels of a raw sensor_msgs/Image as RGB uint8 [H, W, 3].
 
     ``data`` is any buffer of bytes whose rows are ``step`` bytes apart. Raises ImageError for unknown encodings,
@@ -117,7 +119,9 @@ def decode_depth(
     return depth
 
 
-def _rows(encoding: str, data: bytes, rows: int, width: int, channels: int, step: int, dtype: np.dtype) -> np.ndarray:
+def _rows(
+    encoding: str, data: bytes | memoryview, rows: int, width: int, channels: int, step: int, dtype: np.dtype
+) -> np.ndarray:
     """A view [rows, width] or [rows, width, channels] of the buffer; rows are ``step`` bytes apart."""
     row_bytes = width * channels * dtype.itemsize
     if rows < 1 or width < 1:

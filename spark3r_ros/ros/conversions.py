@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import struct
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -20,7 +21,39 @@ from spark3r_ros.frame import CameraModel, PointBatch
 from spark3r_ros.ros import optional, stamps
 
 
-def decode_image(msg: Image) -> np.ndarray:
+@dataclass(frozen=True, eq=False)
+class WireImage:
+    """sensor_msgs/Image as it came, serialised; ``data`` lies in it. As a message rclpy copies it twice more."""
+
+    stamp_ns: int
+    frame_id: str
+    height: int
+    width: int
+    encoding: str
+    is_bigendian: int
+    step: int
+    data: memoryview
+
+    @classmethod
+    def read(cls, wire: bytes) -> WireImage:
+        """CDR: four bytes of its own, then numbers at multiples of their size; strings begin with a length."""
+        order = "<" if wire[1] & 1 else ">"
+        sec, nanosec, length = struct.unpack_from(order + "iII", wire, 4)
+        frame_id, at = _text(wire, 16, length)
+        height, width, length = struct.unpack_from(order + "III", wire, at + -at % 4)
+        encoding, at = _text(wire, at + -at % 4 + 12, length)
+        is_bigendian, at = wire[at], at + 1
+        step, size = struct.unpack_from(order + "II", wire, at + -at % 4)
+        data = memoryview(wire)[at + -at % 4 + 8 :][:size]
+        return cls(sec * stamps.NS_PER_S + nanosec, frame_id, height, width, encoding, is_bigendian, step, data)
+
+
+def _text(wire: bytes, at: int, length: int) -> tuple[str, int]:
+    """A string of so many bytes with its closing zero, and where it ends."""
+    return wire[at : at + length - 1].decode(errors="replace"), at + length
+
+
+def decode_image(msg: Image | WireImage) -> np.ndarray:
     """A raw image as [H, W, 3] uint8 RGB. Raises ImageError; unknown encodings are tried with cv_bridge first."""
     if msg.encoding == "rgb8" and msg.step == 3 * msg.width and len(msg.data) == msg.step * msg.height > 0:
         return np.frombuffer(msg.data, np.uint8).reshape(msg.height, msg.width, 3)  # the message is ours: no copy

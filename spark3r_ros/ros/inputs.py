@@ -20,6 +20,7 @@ from spark3r_ros.config import NodeConfig
 from spark3r_ros.encodings import ImageError
 from spark3r_ros.frame import CameraModel, Frame
 from spark3r_ros.ros import conversions, qos, stamps
+from spark3r_ros.ros.conversions import WireImage
 from spark3r_ros.ros.diagnostics import Statistics
 from spark3r_ros.ros.sync import History, interpolated_pose
 from spark3r_ros.ros.tf import TransformError, Transforms
@@ -35,7 +36,7 @@ _QUIET_S = 5.0  # between two log lines of the same kind
 class Taken:
     """An image on its way to the worker."""
 
-    msg: Image | CompressedImage
+    msg: WireImage | CompressedImage
     stamp_ns: int
     frame_id: str
 
@@ -143,11 +144,13 @@ class ImageInput:
 
     def _subscribe(self, reliability: ReliabilityPolicy) -> None:
         self.reliability = reliability
+        is_raw = self.config.image_transport == "raw"
         self._subscription = self._node.create_subscription(
             IMAGE_TYPES[self.config.image_transport],
             "image",
-            self._on_image,
+            self._on_raw if is_raw else self._on_compressed,
             qos.image_profile(reliability, keep_all=self._keep_all),
+            raw=is_raw,
             callback_group=self._group,
             event_callbacks=qos.subscription_events(self._on_incompatible_qos, self._on_message_lost),
         )
@@ -164,10 +167,17 @@ class ImageInput:
     def _on_message_lost(self, event: Any) -> None:
         self._stats.lost_by_middleware += event.total_count_change
 
-    def _on_image(self, msg: Image | CompressedImage) -> None:
-        stats, stamp_ns = self._stats, stamps.to_ns(msg.header.stamp)
+    def _on_raw(self, wire: bytes) -> None:
+        image = WireImage.read(wire)
+        self._on_image(image, image.stamp_ns, image.frame_id)
+
+    def _on_compressed(self, msg: CompressedImage) -> None:
+        self._on_image(msg, stamps.to_ns(msg.header.stamp), msg.header.frame_id)
+
+    def _on_image(self, msg: WireImage | CompressedImage, stamp_ns: int, frame_id: str) -> None:
+        stats = self._stats
         stats.image_arrived()
-        frame_id = self.config.camera_frame or msg.header.frame_id
+        frame_id = self.config.camera_frame or frame_id
         if self.is_paused:
             stats.frame_dropped("paused")
         elif stamp_ns <= 0:

@@ -5,7 +5,7 @@ import array
 import numpy as np
 import pytest
 from nav_msgs.msg import Odometry
-from rclpy.serialization import deserialize_message
+from rclpy.serialization import deserialize_message, serialize_message
 from rig import image
 from sensor_msgs.msg import CameraInfo, PointCloud2
 from tf2_msgs.msg import TFMessage
@@ -171,6 +171,18 @@ def test_histories_find_interpolate_and_stay_short():
     assert interpolated_pose(history, 300, 5, 0.0) is None
     history.clear()
     assert history.nearest(190, 100) is None
+
+
+@pytest.mark.parametrize("frame_id", ["", "c", "ca", "cam", "camera"])  # lengths move what follows
+@pytest.mark.parametrize("encoding", ["rgb8", "mono8", "bayer_rggb8"])
+def test_an_image_read_from_the_wire_equals_the_message(frame_id, encoding):
+    msg = image(1_341_847_980_822_978_123, frame_id, encoding=encoding, size=(7, 5))
+    msg.is_bigendian, msg.step = 1, 23
+    wire = conversions.WireImage.read(serialize_message(msg))
+    assert (wire.stamp_ns, wire.frame_id) == (stamps.to_ns(msg.header.stamp), msg.header.frame_id)
+    for name in ("height", "width", "encoding", "is_bigendian", "step"):
+        assert getattr(wire, name) == getattr(msg, name)
+    assert wire.data == msg.data
 
 
 def test_an_unknown_encoding_is_refused_by_name():
