@@ -8,6 +8,7 @@ import pytest
 from fake import WINDOW
 from nav_msgs.msg import Odometry, Path
 from rig import CAMERA, LATCHED
+from sensor_msgs.msg import PointCloud2
 from std_srvs.srv import Trigger
 
 from spark3r_ros import geometry
@@ -107,6 +108,22 @@ def test_save_and_load_keep_the_map_where_it_was(rig, tmp_path):
     r.until(lambda: paths and paths[-1].poses)
     T = conversions.matrix_from_pose(paths[-1].poses[-1].pose)
     np.testing.assert_allclose(T[:3, :3], np.eye(3), atol=1e-9)
+
+
+def test_points_are_saved_as_they_stand_in_the_map_frame(rig, tmp_path):
+    file = tmp_path / "office.ply"
+    r = rig(map_file=str(file))
+    got = r.listen(PointCloud2, "/spark3r/map", LATCHED)
+    r.send(WINDOW)
+    r.until(lambda: got)
+    assert r.call("/spark3r/save_map").success
+    _, body = file.read_bytes().split(b"end_header\n")
+    saved = np.frombuffer(body, np.dtype([("xyz", "<f4", 3), ("rgb", "u1", 3), ("confidence", "<f4")]))
+    points = np.frombuffer(got[-1].data, conversions.POINT)
+    np.testing.assert_allclose(saved["xyz"], np.stack([points["x"], points["y"], points["z"]], axis=1), atol=1e-6)
+    answer = r.call("/spark3r/load_map")
+    assert not answer.success
+    assert "only maps can be loaded" in answer.message
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,11 @@ def test_lost_is_said_and_no_pose_is_confident(rig):
     assert len(odom_transforms(tf)) == 2, "a transform is a confident pose"
     r.until(lambda: diagnostics and statuses(diagnostics[-1])["spark3r: tracking"]["state"] == "lost")
     assert statuses(diagnostics[-1])["spark3r: tracking"]["level"] == b"\x02"
+    r.fake.state = TrackingState.TRACKING  # recognised a keyframe
+    r.send(2)
+    r.until(lambda: len(got) == 7 and len(odom_transforms(tf)) == 4)
+    assert got[-1].pose.covariance[0] < 1
+    r.until(lambda: statuses(diagnostics[-1])["spark3r: tracking"]["level"] == b"\x00")
 
 
 def odom_transforms(messages):
