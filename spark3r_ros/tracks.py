@@ -2,8 +2,9 @@
 
 Corners are followed from frame to frame by pyramidal Lucas-Kanade with a forward-backward check and then settled on
 their patch in the last keyframe, so that errors do not add up in between. When too few survive (wide baseline, fast
-rotation, blur) SIFT descriptors find the points of the last keyframes again; such finds may name points of an earlier
-keyframe that nobody had asked for, which is what ``Tracks.late`` reports.
+rotation, blur) SIFT descriptors find the points of the last keyframes again, in the image at half of its size while
+frames come fast and that suffices; such finds may name points of an earlier keyframe that nobody had asked for, which
+is what ``Tracks.late`` reports.
 """
 
 from __future__ import annotations
