@@ -90,7 +90,7 @@ class WindowConfig(_Group):
     )  # fmt: skip
     max_pending: int = param(300, "frames that may wait for the first window to be full", ge=1, le=100000)
     first_size: int = param(
-        3, "keyframes that make do for the first window, and for one after being lost", ge=2, le=1000
+        4, "keyframes that make do for the first window, and for one after being lost", ge=2, le=1000
     )
     first_seconds: float = param(
         2.0, "a first window of first_size keyframes is solved after this time, a full one at once", ge=0.0, le=3600.0

@@ -195,7 +195,7 @@ class Refiner:
         if pose.is_reliable:
             posed = self._posed()
             recent = posed[-_LOCAL_FREE:]
-            self._adjust(recent, self._neighbours(recent), iterations=2, max_points=_LOCAL_POINTS)
+            self._adjust(recent, self._neighbours(recent), iterations=4, max_points=_LOCAL_POINTS)
         self._extend([keyframe])
         self._forget()
         assert keyframe.T_world_camera is not None
