@@ -149,6 +149,8 @@ class Refiner:
         if last is None:
             return np.eye(4)
         _, here, there = np.intersect1d(ids, last[0], assume_unique=True, return_indices=True)
+        if len(here) < MIN_INLIERS:
+            return np.eye(4)
         R, inlier = align_rays(rays(last[1][there], self.K), rays(uv[here], self.K), _RAY_THRESHOLD)
         return make_T(R, np.zeros(3)) if inlier.sum() >= MIN_INLIERS else np.eye(4)
 
