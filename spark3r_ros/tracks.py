@@ -55,6 +55,12 @@ class Tracks:
     motion: np.ndarray  # [2, 3] px/s: image velocity of a pixel (u, v, 1); zero when unknown
     late: tuple[LateMatches, ...] = ()
 
+    @property
+    def speed(self) -> float:
+        """px/s: median over the points of how fast they move through the image; 0 when unknown."""
+        velocity = self.uv @ self.motion[:, :2].T + self.motion[:, 2]
+        return float(np.median(np.linalg.norm(velocity, axis=1))) if len(velocity) else 0.0
+
 
 @dataclass(eq=False)
 class _Keyframe:

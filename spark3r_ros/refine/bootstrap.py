@@ -36,7 +36,7 @@ class Start:
 
 
 def best_start(
-    keyframes: Sequence[Keyframe], K: np.ndarray, T_network: np.ndarray | None, sigma_px: float, focal_sigma: float
+    keyframes: Sequence[Keyframe], K: np.ndarray, T_network: np.ndarray | None, focal_sigma: float
 ) -> Start | None:
     """The start [S, 4, 4] with the lowest robust cost after a short adjustment; None when tracks are too few.
 
@@ -45,8 +45,8 @@ def best_start(
     """
     best: Start | None = None
     costs: list[float] = []
-    for name, T in _guesses(keyframes, K, T_network, sigma_px):
-        solved = _short_adjustment(keyframes, T, K, sigma_px, focal_sigma, 8)
+    for name, T in _guesses(keyframes, K, T_network):
+        solved = _short_adjustment(keyframes, T, K, focal_sigma, 8)
         if solved is None:
             continue
         _, solution = solved
@@ -62,7 +62,7 @@ def best_start(
 
 
 def _guesses(
-    keyframes: Sequence[Keyframe], K: np.ndarray, T_network: np.ndarray | None, sigma_px: float
+    keyframes: Sequence[Keyframe], K: np.ndarray, T_network: np.ndarray | None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Names and poses [S, 4, 4], made one at a time."""
     if T_network is not None:
@@ -70,14 +70,14 @@ def _guesses(
     yield "rotation", rotation_chain(keyframes, K)
     for first, second in _pairs(keyframes):
         for name, T_first_second in _two_view(keyframes[first], keyframes[second], K):
-            yield f"{name} {first}-{second}", _chain(keyframes, K, first, second, T_first_second, sigma_px)
+            yield f"{name} {first}-{second}", _chain(keyframes, K, first, second, T_first_second)
 
 
 def _short_adjustment(
-    keyframes: Sequence[Keyframe], T: np.ndarray, K: np.ndarray, sigma_px: float, focal_sigma: float, iterations: int
+    keyframes: Sequence[Keyframe], T: np.ndarray, K: np.ndarray, focal_sigma: float, iterations: int
 ) -> tuple[Assembled, Solution] | None:
     free = np.arange(len(keyframes)) > 0
-    assembled = assemble(keyframes, T, free, LandmarkTable(), K, sigma_px, focal_sigma, max_points=_START_POINTS)
+    assembled = assemble(keyframes, T, free, LandmarkTable(), K, focal_sigma, max_points=_START_POINTS)
     return None if assembled is None else (assembled, adjust(assembled.problem, iterations))
 
 
@@ -164,7 +164,7 @@ def rays(uv: np.ndarray, K: np.ndarray) -> np.ndarray:
 
 
 def _chain(
-    keyframes: Sequence[Keyframe], K: np.ndarray, first: int, second: int, T_first_second: np.ndarray, sigma_px: float
+    keyframes: Sequence[Keyframe], K: np.ndarray, first: int, second: int, T_first_second: np.ndarray
 ) -> np.ndarray:
     """Poses [S, 4, 4] of all keyframes from those of a pair: triangulate, pose the next best frame, adjust, repeat."""
     T = rotation_chain(keyframes, K)
@@ -175,7 +175,7 @@ def _chain(
         table, chosen = LandmarkTable(), sorted(posed)
         members = [keyframes[i] for i in chosen]
         free = np.array([i not in (first,) for i in chosen])
-        assembled = assemble(members, T[chosen], free, table, K, sigma_px, max_points=_START_POINTS)
+        assembled = assemble(members, T[chosen], free, table, K, max_points=_START_POINTS)
         if assembled is None:
             return T
         solution = adjust(assembled.problem, 3)
@@ -190,7 +190,7 @@ def _chain(
         guess = T[index].copy()
         guess[:3, 3] = T[neighbour][:3, 3]
         if seen[best] >= 8:
-            guess = _posed(keyframes[index], assembled, solution, usable, K, guess, sigma_px)
+            guess = _posed(keyframes[index], assembled, solution, usable, K, guess)
         T[index] = guess
         posed.append(index)
     return T
@@ -203,11 +203,10 @@ def _posed(
     usable: np.ndarray,
     K: np.ndarray,
     guess: np.ndarray,
-    sigma_px: float,
 ) -> np.ndarray:
     ids = assembled.ids[usable]
     _, here, there = np.intersect1d(keyframe.ids, ids, assume_unique=True, return_indices=True)
     rows = np.flatnonzero(usable)[there]
     origin = solution.T_world_camera[assembled.problem.anchor[rows], :3, 3]
-    axis = (solution.xyz[rows] - origin) * solution.depth_sigma[rows, None]
-    return fit_pose(Landmarks(solution.xyz[rows], axis, keyframe.uv[here]), K, guess, sigma_px).T_world_camera
+    points = Landmarks(solution.xyz[rows], solution.xyz[rows] - origin, solution.depth_sigma[rows], keyframe.uv[here])
+    return fit_pose(points, K, guess, keyframe.sigma_px).T_world_camera

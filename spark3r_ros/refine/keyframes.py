@@ -11,10 +11,17 @@ from spark3r_ros.geometry import inverse
 from spark3r_ros.refine.bundle import Problem, Solution
 from spark3r_ros.refine.landmarks import LandmarkTable, among, first_inverse_depth
 
+SIGMA_PX = 0.3  # of a track's position; larger ones let the depth priors win: turns come out too small, steps too long
+INSTANT_SIGMA = 0.002  # seconds: the time that a row of an image shows, as blur and shutter leave it open
 FLAT_PRIOR_SIGMA = 3.0  # of an inverse depth about which nothing is known but that of its neighbours in the image
 NETWORK_PRIOR_SIGMA = (
     1.0  # of an inverse depth from a network: its errors are shared by whole surfaces, not averaged away
 )
+
+
+def sigma_px(speed: float) -> float:
+    """Of a track's position in an image that moves at ``speed`` px/s."""
+    return float(np.hypot(SIGMA_PX, INSTANT_SIGMA * speed))
 
 
 @dataclass(eq=False)
@@ -24,6 +31,7 @@ class Keyframe:
     uv_read: np.ndarray  # [N, 2] undistorted pixels
     shutter: np.ndarray  # [N, 2] px/s: what to subtract per second of the sensor's readout
     readout: float = 0.0  # seconds
+    sigma_px: float = SIGMA_PX  # of its observations
     T_world_camera: np.ndarray | None = None
     good: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # [N] not found to be an outlier
     prior_depth: np.ndarray = field(default_factory=lambda: np.zeros(0))  # [N] world scale; NaN where unknown
@@ -68,7 +76,6 @@ def assemble(
     is_free: np.ndarray,
     table: LandmarkTable,
     K: np.ndarray,
-    sigma_px: float,
     focal_sigma: float = 0.0,
     readout_sigma: float = 0.0,
     max_points: int = 0,
@@ -104,7 +111,8 @@ def assemble(
     where, found = table.find(unique)
     prior, prior_sigma = inverse_depth_priors(keyframes, T_world_camera, table, anchor, observation[starts], found)
     xy = normalised(uv_read - readout * shutter, K)
-    information = (sigma_px / K[0, 0] / prior / prior_sigma) ** 2
+    noise = np.array([k.sigma_px for k in keyframes])
+    information = (noise[anchor] / K[0, 0] / prior / prior_sigma) ** 2
     inverse_depth, _ = first_inverse_depth(T_world_camera, xy, camera, point, anchor, xy[starts], prior, information)
     rays = np.concatenate([xy[starts], np.ones((len(starts), 1))], axis=1) / inverse_depth[:, None]
     xyz = np.einsum("pij,pj->pi", T_world_camera[anchor, :3, :3], rays) + T_world_camera[anchor, :3, 3]
@@ -120,7 +128,7 @@ def assemble(
         point=point,
         uv=uv_read,
         shutter=shutter,
-        sigma_px=np.full(len(uv_read), sigma_px),
+        sigma_px=noise[camera],
         prior_inverse_depth=prior,
         prior_sigma=prior_sigma,
         focal_sigma=focal_sigma,
@@ -138,7 +146,7 @@ def inverse_depth_priors(
     observation: np.ndarray,
     found: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Inverse depth [P] expected at the anchors and its relative sigma [P].
+    """Inverse depth [P] expected at the anchors and its relative sigma [P], no firmer when the image is blurred.
 
     It comes from a network, or else from neighbours; points that are ``found`` [P] in the table already need no
     neighbours: theirs is the table's typical depth.
@@ -156,6 +164,7 @@ def inverse_depth_priors(
         network = np.isfinite(given)
         prior[mine[network]] = 1.0 / given[network]
         sigma[mine[network]] = NETWORK_PRIOR_SIGMA
+        sigma[mine] *= keyframe.sigma_px / SIGMA_PX
     return prior, sigma
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from spark3r_ros.geometry import transform
+from spark3r_ros.refine.pose import Landmarks
 
 
 def among(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -59,9 +60,9 @@ class LandmarkTable:
         self.xyz[which] = transform(T, self.xyz[which])
         self.origin[which] = transform(T, self.origin[which])
 
-    def depth_axis(self, rows: np.ndarray) -> np.ndarray:
-        """One standard deviation of the points along their anchors' rays, world [N, 3]."""
-        return (self.xyz[rows] - self.origin[rows]) * self.depth_sigma[rows, None]
+    def landmarks(self, rows: np.ndarray, uv: np.ndarray) -> Landmarks:
+        """The rows [N] with the undistorted pixels [N, 2] where a frame sees them."""
+        return Landmarks(self.xyz[rows], self.xyz[rows] - self.origin[rows], self.depth_sigma[rows], uv)
 
 
 def first_inverse_depth(

@@ -23,15 +23,15 @@ from spark3r_ros.refine.keyframes import (
     assemble,
     inverse_depth_priors,
     normalised,
+    sigma_px,
     write_back,
 )
 from spark3r_ros.refine.landmarks import LandmarkTable, among, first_inverse_depth
-from spark3r_ros.refine.pose import MIN_INLIERS, Landmarks, PoseFit, align_rays, fit_pose
+from spark3r_ros.refine.pose import MIN_INLIERS, PoseFit, align_rays, fit_pose
 from spark3r_ros.tracks import Tracks
 
 logger = logging.getLogger(__name__)
 
-SIGMA_PX = 0.3  # of a track's position; larger ones let the depth priors win: turns come out too small, steps too long
 _GATE_PX = 3.0
 _DEFAULT_FOCAL = 0.85  # times the image width, when nothing is known
 _DEFAULT_FOCAL_SIGMA = 0.3  # of its logarithm
@@ -137,8 +137,7 @@ class Refiner:
         rows, found = self._table.find(tracks.ids)
         if found.sum() >= 6:
             rows = rows[found]
-            landmarks = Landmarks(self._table.xyz[rows], self._table.depth_axis(rows), uv[found])
-            fit = fit_pose(landmarks, self.K, guess, SIGMA_PX)
+            fit = fit_pose(self._table.landmarks(rows, uv[found]), self.K, guess, sigma_px(tracks.speed))
             if fit.inlier.sum() >= max(MIN_INLIERS, 0.2 * found.sum()):
                 return self._tracked(fit, self._table.anchor[rows])
         return self._turned(tracks.ids, uv, guess)
@@ -188,7 +187,8 @@ class Refiner:
             raise ValueError(f"keyframe ids must grow, got {keyframe_id} after {max(self._keyframes)}")
         pose = pose or self.track(tracks)
         self._hear(tracks)
-        keyframe = Keyframe(keyframe_id, tracks.ids, *self._read(tracks.uv, tracks.motion), self._readout)
+        noise = sigma_px(tracks.speed)
+        keyframe = Keyframe(keyframe_id, tracks.ids, *self._read(tracks.uv, tracks.motion), self._readout, noise)
         self._motion[keyframe_id] = tracks.motion
         self._keyframes[keyframe_id] = keyframe
         if pose is None:
@@ -234,7 +234,7 @@ class Refiner:
 
     def _bootstrap(self, window: list[Keyframe], T_network: np.ndarray | None, depths: Mapping[int, DepthPrior]) -> str:
         """Poses and points of the first window; the name of the start, empty when there is none."""
-        start = best_start(window, self.K, T_network, SIGMA_PX, self._focal_sigma)
+        start = best_start(window, self.K, T_network, self._focal_sigma)
         if start is None:
             return ""
         self.K = start.K
@@ -303,7 +303,7 @@ class Refiner:
         T = np.stack([k.T_world_camera for k in members if k.T_world_camera is not None])
         free_ids = {k.id for k in free}
         is_free = np.array([k.id in free_ids for k in members])
-        assembled = assemble(members, T, is_free, self._table, self.K, SIGMA_PX, focal_sigma, readout_sigma, max_points)
+        assembled = assemble(members, T, is_free, self._table, self.K, focal_sigma, readout_sigma, max_points)
         if assembled is None:
             return None
         solution = adjust(assembled.problem, iterations)
@@ -350,7 +350,7 @@ class Refiner:
         new = np.zeros(len(anchor), bool)
         prior, sigma = inverse_depth_priors(posed, T, self._table, anchor, observation[starts], new)
         xy = normalised(uv, self.K)
-        noise = SIGMA_PX / self.K[0, 0]
+        noise = np.array([k.sigma_px for k in posed])[anchor] / self.K[0, 0]
         inverse_depth, information = first_inverse_depth(
             T, xy, camera, point, anchor, xy[starts], prior, (noise / prior / sigma) ** 2
         )

@@ -9,7 +9,6 @@ from spark3r_ros.refine import bootstrap
 from spark3r_ros.refine.bootstrap import best_start, rays, rotation_chain
 from spark3r_ros.refine.keyframes import Keyframe
 
-SIGMA_PX = 0.3
 FRAMES = 5
 
 
@@ -42,7 +41,7 @@ MOVING = {
 @pytest.mark.parametrize("case", MOVING)
 def test_motion_is_found_without_a_network(case):
     world, truth = MOVING[case]
-    start = best_start(keyframes(world, truth, outliers=0.15), K, None, SIGMA_PX, 0.0)
+    start = best_start(keyframes(world, truth, outliers=0.15), K, None, 0.0)
     assert rotation_errors_deg(start.T_world_camera, truth).max() < 0.3
     assert position_error(start.T_world_camera, truth) < 0.03
     np.testing.assert_array_equal(start.K, K)
@@ -50,7 +49,7 @@ def test_motion_is_found_without_a_network(case):
 
 def test_pure_rotation_is_found_without_a_network():
     truth = turning(FRAMES, 4.0)
-    start = best_start(keyframes(around(3000), truth), K, None, SIGMA_PX, 0.0)
+    start = best_start(keyframes(around(3000), truth), K, None, 0.0)
     assert (
         rotation_errors_deg(start.T_world_camera, truth).max() < 0.2
     )  # of 16: a weak prior lets depths and a tiny step explain a part
@@ -61,15 +60,15 @@ def test_pure_rotation_is_found_without_a_network():
 def test_a_good_network_is_not_worse_than_no_network():
     world, truth = MOVING["scene"]
     seen = keyframes(world, truth)
-    start = best_start(seen, K, perturbed(truth, np.random.default_rng(0), 0.005, 0.002), SIGMA_PX, 0.0)
-    alone = best_start(seen, K, None, SIGMA_PX, 0.0)
+    start = best_start(seen, K, perturbed(truth, np.random.default_rng(0), 0.005, 0.002), 0.0)
+    alone = best_start(seen, K, None, 0.0)
     assert start.cost <= alone.cost
     assert position_error(start.T_world_camera, truth) < 0.02
 
 
 def test_the_network_is_chosen_where_two_views_have_too_few_tracks():
     world, truth = ahead(28), sideways(FRAMES, 0.3, 4.0)
-    start = best_start(keyframes(world, truth), K, truth, SIGMA_PX, 0.0)
+    start = best_start(keyframes(world, truth), K, truth, 0.0)
     assert start.name == "network"
     assert position_error(start.T_world_camera, truth) < 0.05
 
@@ -80,7 +79,7 @@ def test_a_bad_network_is_not_chosen(case):
     wrong = truth[::-1].copy()  # the camera goes backwards, with turns that nobody made
     wrong = perturbed(wrong, np.random.default_rng(1), 0.3, 0.3)
     seen = keyframes(world, truth)
-    start = best_start(seen, K, wrong, SIGMA_PX, 0.0)
+    start = best_start(seen, K, wrong, 0.0)
     assert start.name != "network"
     assert rotation_errors_deg(start.T_world_camera, truth).max() < 0.3
     assert position_error(start.T_world_camera, truth) < 0.03
@@ -90,18 +89,18 @@ def test_the_focal_length_moves_towards_the_truth_when_it_is_free():
     world, truth = around(2000), turning(FRAMES, 6.0, step=0.1)
     guess = K.copy()
     guess[[0, 1], [0, 1]] *= 1.15
-    start = best_start(keyframes(world, truth), guess, None, SIGMA_PX, 0.3)
+    start = best_start(keyframes(world, truth), guess, None, 0.3)
     assert abs(np.log(start.K[0, 0] / K[0, 0])) < 0.03
     assert start.K[0, 0] == pytest.approx(start.K[1, 1])
 
 
 def test_too_few_tracks_give_no_start():
-    assert best_start(keyframes(ahead(5), sideways(FRAMES)), K, sideways(FRAMES), SIGMA_PX, 0.0) is None
+    assert best_start(keyframes(ahead(5), sideways(FRAMES)), K, sideways(FRAMES), 0.0) is None
 
 
 def test_the_same_tracks_give_the_same_bits():
     world, truth = MOVING["scene"]
-    first, again = (best_start(keyframes(world, truth, outliers=0.2), K, None, SIGMA_PX, 0.0) for _ in range(2))
+    first, again = (best_start(keyframes(world, truth, outliers=0.2), K, None, 0.0) for _ in range(2))
     assert first.name == again.name
     assert (first.T_world_camera == again.T_world_camera).all()
     assert first.cost == again.cost
@@ -128,6 +127,6 @@ def test_starts_that_agree_end_the_search(monkeypatch):
     adjustment = bootstrap._short_adjustment
     monkeypatch.setattr(bootstrap, "_short_adjustment", lambda *a: tried.append(a) or adjustment(*a))
     world, truth = MOVING["scene"]
-    start = best_start(keyframes(world, truth), K, truth, SIGMA_PX, 0.0)
+    start = best_start(keyframes(world, truth), K, truth, 0.0)
     assert position_error(start.T_world_camera, truth) < 0.02
     assert len(tried) <= 5  # of ten: the network, a rotation, and pairs until two agree

@@ -22,7 +22,12 @@ def landmarks(world=None, T=T_TRUE, seed=0, noise_px=SIGMA_PX, outliers=0.0) -> 
     uv = uv + rng.normal(0, noise_px, uv.shape)
     right = rng.random(len(uv)) >= outliers
     uv[~right] = rng.uniform(0, [640, 480], (int((~right).sum()), 2))
-    return Landmarks(world.xyz[ids], np.zeros((len(ids), 3)), uv), right
+    return placed(world.xyz[ids], uv), right
+
+
+def placed(xyz, uv, depth_sigma=0.0) -> Landmarks:
+    """Points measured from the origin, all of the same doubt or each of its own."""
+    return Landmarks(xyz, xyz, np.broadcast_to(depth_sigma, len(xyz)), uv)
 
 
 def errors(T, truth=T_TRUE) -> tuple[float, float]:
@@ -84,16 +89,16 @@ def test_sample_consensus():
 
 def test_sample_consensus_admits_that_nothing_agrees():
     seen, _ = landmarks()
-    few = Landmarks(seen.xyz[:5], seen.depth_axis[:5], seen.uv[:5])
+    few = seen.select(np.arange(len(seen.uv)) < 5)
     assert sample_consensus(few, K, SIGMA_PX) is None
-    same = Landmarks(np.tile(seen.xyz[:1], (20, 1)), np.zeros((20, 3)), np.tile(seen.uv[:1], (20, 1)))
+    same = placed(np.tile(seen.xyz[:1], (20, 1)), np.tile(seen.uv[:1], (20, 1)))
     T = sample_consensus(same, K, SIGMA_PX)
     assert T is None or np.isfinite(T).all()
 
 
 def test_a_fit_to_nonsense_has_few_inliers_and_stays_finite():
     rng = np.random.default_rng(3)
-    seen = Landmarks(ahead(60).xyz, np.zeros((60, 3)), rng.uniform(0, [640, 480], (60, 2)))
+    seen = placed(ahead(60).xyz, rng.uniform(0, [640, 480], (60, 2)))
     fit = fit_pose(seen, K, np.eye(4), SIGMA_PX)
     assert fit.inlier.sum() < MIN_INLIERS
     assert np.isfinite(fit.T_world_camera).all()
@@ -102,7 +107,7 @@ def test_a_fit_to_nonsense_has_few_inliers_and_stays_finite():
 
 def test_no_inliers_have_no_residual():
     behind = ahead(40).xyz * [1, 1, -1]
-    fit = fit_pose(Landmarks(behind, np.zeros((40, 3)), np.full((40, 2), 100.0)), K, np.eye(4), SIGMA_PX)
+    fit = fit_pose(placed(behind, np.full((40, 2), 100.0)), K, np.eye(4), SIGMA_PX)
     if fit.inlier.any():
         pytest.fail("points behind the camera were counted as inliers")
     assert np.isnan(fit.residual_px)
@@ -141,14 +146,59 @@ def test_uncertain_depths_are_weighed_by_their_sigma():
     vague = rng.random(len(seen.uv)) < 0.5
     factor = np.where(vague, np.exp(rng.normal(0.3, 0.2, len(vague))), 1.0)[:, None]
     xyz = seen.xyz * factor
-    told = Landmarks(xyz, xyz * vague[:, None] * 0.4, seen.uv)
-    untold = Landmarks(xyz, np.zeros_like(xyz), seen.uv)
+    told = placed(xyz, seen.uv, vague * 0.4)
+    untold = placed(xyz, seen.uv)
     fit = fit_pose(told, K, NEAR, SIGMA_PX)
     metres, degrees = errors(fit.T_world_camera)
     assert metres < 0.01
     assert degrees < 0.1
     assert fit.inlier.mean() > 0.95
     assert fit_pose(untold, K, NEAR, SIGMA_PX).inlier.mean() < 0.8
+
+
+def test_points_of_unknown_depth_lead_to_the_pose_however_wrong_their_depths():
+    """Thirty known ones; three hundred at random depths, up to four times too near or far, that claim nothing.
+
+    From where the camera was a fifth of a metre before: the lines on which they are seen turn on the way.
+    """
+    rng = np.random.default_rng(5)
+    seen, _ = landmarks(ahead(330))
+    known = np.arange(len(seen.uv)) < 30
+    factor = np.where(known, 1.0, np.exp(rng.uniform(-1.4, 1.4, len(known))))[:, None]
+    xyz = seen.xyz * factor
+    guess = T_TRUE @ make_T(so3_exp(np.array([0.005, -0.01, 0.005])), np.array([-0.2, 0.05, 0.05]))
+    fit = fit_pose(placed(xyz, seen.uv, np.where(known, 0.01, 3.0)), K, guess, SIGMA_PX)
+    alone = fit_pose(placed(xyz, seen.uv, np.where(known, 0.01, 3.0)).select(known), K, guess, SIGMA_PX)
+    metres, degrees = errors(fit.T_world_camera)
+    assert metres < 0.006
+    assert degrees < 0.06
+    assert degrees < errors(alone.T_world_camera)[1]  # they help
+    assert fit.inlier.mean() > 0.95
+    assert fit.residual_px < 0.4  # each at its best depth
+
+
+def test_points_that_slide_along_an_edge_are_outvoted():
+    """More than half of the unknown ones agree with one another, and with a wrong step, as points on an edge do."""
+    wrong = T_TRUE @ make_T(so3_exp(np.array([0.01, 0.0, 0.0])), np.array([0.0, -0.05, 0.0]))
+    seen, _ = landmarks(ahead(200, 1))
+    honest, _ = landmarks(ahead(60, 2))
+    sliding, _ = landmarks(ahead(100, 3), T=wrong)
+    parts = (seen, honest, sliding)
+    sigma = np.concatenate([np.full(len(p.uv), s) for p, s in zip(parts, (0.01, 3.0, 3.0), strict=True)])
+    both = placed(np.concatenate([p.xyz for p in parts]), np.concatenate([p.uv for p in parts]), sigma)
+    metres, degrees = errors(fit_pose(both, K, wrong, SIGMA_PX).T_world_camera)
+    assert metres < 0.004
+    assert degrees < 0.06
+
+
+def test_the_cheaper_of_two_fits_is_kept(monkeypatch):
+    """A sample consensus that is worse than what it should replace changes nothing."""
+    seen, _ = landmarks(outliers=0.65)
+    fit = fit_pose(seen, K, T_TRUE, SIGMA_PX)
+    monkeypatch.setattr(pose, "sample_consensus", lambda *_: make_T(np.eye(3), np.array([50.0, 0.0, 0.0])))
+    again = fit_pose(seen, K, T_TRUE, SIGMA_PX)
+    assert again.cost <= fit.cost
+    assert errors(again.T_world_camera)[0] < 0.01
 
 
 def test_fits_are_repeatable_bit_for_bit():

@@ -1,6 +1,6 @@
 """The refiner on a stream of tracks with known truth: bootstrap, windows, tracking, and what a camera does not tell."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -215,6 +215,25 @@ def test_a_pure_rotation_claims_no_translation():
     assert window.parallax_deg < 1.0
     moved = np.linalg.norm(window.T_world_camera[:, :3, 3] - window.T_world_camera[0, :3, 3], axis=1)
     assert moved.max() < 0.03  # of the typical depth
+
+
+def test_a_keyframe_that_moves_fast_is_believed_less():
+    """Two of the keyframes are blurred; those that are told their speed do less harm to the others."""
+    world, truth = around(1500), sideways(16)
+    blurred = (4, 12)
+
+    def error(speed: float) -> float:
+        def tracks(frame):
+            seen = world.tracks(truth[frame], frame, noise_px=2.5 if frame in blurred else 0.2)
+            return replace(seen, motion=np.array([[0, 0, speed], [0, 0, 0.0]])) if frame in blurred else seen
+
+        estimate, true = keyframe_poses(run(world, truth, tracks=tracks))
+        sharp = [i for i in range(len(true)) if i * EVERY not in blurred]
+        return errors(estimate[sharp], true[sharp])[0]
+
+    told, untold = error(1200.0), error(0.0)
+    assert told < 0.8 * untold
+    assert told < 0.02
 
 
 def test_outliers_among_the_tracks_are_survived():

@@ -238,7 +238,9 @@ def test_the_image_velocity_is_measured_with_stamps(walk, followed):
     fitted = followed[3].uv[here] @ tracks.motion[:, :2].T + tracks.motion[:, 2]
     assert np.linalg.norm(speed, axis=1).mean() > 50
     assert np.median(np.linalg.norm(fitted - speed, axis=1)) < 0.2 * np.median(np.linalg.norm(speed, axis=1))
+    assert tracks.speed == pytest.approx(np.median(np.linalg.norm(speed, axis=1)), rel=0.2)
     assert (followed[3].motion == 0).all()  # no stamps
+    assert followed[3].speed == 0
     assert (follow(walk, interval_ns=1_000_000_000)[3].motion == 0).all()  # too far apart to be a velocity
 
 
