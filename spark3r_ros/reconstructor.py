@@ -176,7 +176,7 @@ class Reconstructor:
         """
         interval_ns = frame.stamp_ns - self._last_stamp_ns
         seen = self._see(frame)
-        if self._job is None and not self._num_windows and self._state is TrackingState.INITIALISING:
+        if self._is_starting:
             return self._initialise(seen)
         segment = self._segment
         estimate = self._track_or_lose(seen)
@@ -224,7 +224,8 @@ class Reconstructor:
         decision = Gate.KEYFRAME  # the first frame of a segment
         if newest is not None and newest.segment == self._segment:
             seconds = 1e-9 * (frame.stamp_ns - newest.stamp_ns)
-            decision = gate(self.config.window, tracks.flow_px / frame.image.shape[1], tracks.survival, seconds)
+            flow = tracks.flow_px / frame.image.shape[1]
+            decision = gate(self.config.window, flow, tracks.survival, seconds, starting=self._is_starting)
         if decision is not Gate.KEYFRAME:
             return decision, None
         corners = describe(gray, frame.camera, self.config.loops.corners)
@@ -303,6 +304,10 @@ class Reconstructor:
         keyframe.scale = float(geometry.scale_of(self._S_map_world))
 
     # -- before the first window ---------------------------------------------------------------------------------
+
+    @property
+    def _is_starting(self) -> bool:
+        return self._job is None and not self._num_windows and self._state is TrackingState.INITIALISING
 
     def _initialise(self, seen: Seen) -> Update:
         """Collect frames until the first window is full, or until too many wait."""

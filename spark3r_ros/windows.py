@@ -24,7 +24,7 @@ class Gate(Enum):
     KEYFRAME = "keyframe"
 
 
-def gate(config: WindowConfig, flow: float, survival: float, seconds: float) -> Gate:
+def gate(config: WindowConfig, flow: float, survival: float, seconds: float, starting: bool = False) -> Gate:
     """Decide about one frame.
 
     Args:
@@ -32,12 +32,16 @@ def gate(config: WindowConfig, flow: float, survival: float, seconds: float) -> 
         flow: median optical flow since the last keyframe, as a share of the image width.
         survival: share of the last keyframe's features that are still tracked.
         seconds: time since the last keyframe.
+        starting: no window is solved yet and all frames wait for one.
     """
-    if survival < config.min_survival or flow >= config.keyframe_flow:
+    far, late = config.keyframe_flow, config.max_keyframe_interval
+    if starting:
+        far, late = min(far, config.first_flow), min(late, config.first_seconds)
+    if survival < config.min_survival or flow >= far:
         return Gate.KEYFRAME
     if flow < config.static_flow:
         return Gate.STATIC
-    return Gate.KEYFRAME if seconds >= config.max_keyframe_interval else Gate.MOVING
+    return Gate.KEYFRAME if seconds >= late else Gate.MOVING
 
 
 @dataclass(frozen=True, eq=False)

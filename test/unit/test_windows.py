@@ -57,6 +57,23 @@ def test_more_flow_never_makes_less_of_a_frame(flow, survival, seconds, more):
     assert order.index(after) >= order.index(before)
 
 
+@pytest.mark.parametrize(
+    ("flow", "seconds", "starting", "expected"),
+    [
+        (0.05, 0.1, True, Gate.KEYFRAME),  # all frames wait: nearer keyframes
+        (0.05, 0.1, False, Gate.MOVING),
+        (0.01, 1.0, True, Gate.KEYFRAME),  # and sooner ones
+        (0.01, 1.0, False, Gate.MOVING),
+        (0.003, 9.0, True, Gate.STATIC),  # but never of a camera that stands
+    ],
+)
+def test_keyframes_are_closer_until_the_first_window(flow, seconds, starting, expected):
+    assert gate(CONFIG, flow, 1.0, seconds, starting) is expected
+    dense = WindowConfig(keyframe_flow=0.02, max_keyframe_interval=0.5)
+    for value in (0.01, 0.02, 0.03):  # a user who wants them closer anyway gets them
+        assert gate(dense, value, 1.0, 0.1, starting=True) is gate(dense, value, 1.0, 0.1)
+
+
 def test_every_threshold_can_be_set():
     wide = WindowConfig(keyframe_flow=0.5, static_flow=0.1, max_keyframe_interval=60.0, min_survival=0.0)
     assert gate(wide, 0.09, 0.1, 59.0) is Gate.STATIC
