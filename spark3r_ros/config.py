@@ -96,7 +96,7 @@ class WindowConfig(_Group):
         1.0, "a first window of first_size keyframes is solved after this time, a full one at once", ge=0.0, le=3600.0
     )
     first_flow: float = param(
-        0.045, "keyframe_flow until the first window is solved, and first_seconds is max_keyframe_interval until then, "
+        0.03, "keyframe_flow until the first window is solved, and first_seconds is max_keyframe_interval until then, "
         "where they are smaller", ge=0.0, le=1.0,
     )  # fmt: skip
     min_features: int = param(30, "a frame with fewer corners is blank: never a keyframe", ge=0, le=10000)

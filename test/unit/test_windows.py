@@ -60,8 +60,8 @@ def test_more_flow_never_makes_less_of_a_frame(flow, survival, seconds, more):
 @pytest.mark.parametrize(
     ("flow", "seconds", "starting", "expected"),
     [
-        (0.05, 0.1, True, Gate.KEYFRAME),  # all frames wait: nearer keyframes
-        (0.05, 0.1, False, Gate.MOVING),
+        (0.04, 0.1, True, Gate.KEYFRAME),  # all frames wait: nearer keyframes
+        (0.04, 0.1, False, Gate.MOVING),
         (0.01, 1.0, True, Gate.KEYFRAME),  # and sooner ones
         (0.01, 1.0, False, Gate.MOVING),
         (0.003, 9.0, True, Gate.STATIC),  # but never of a camera that stands
