@@ -64,7 +64,7 @@ from spark3r_ros.windows import DepthMap, Gate, Keyframe, Window, gate
 __all__ = ["FrameError", "MapFileError", "Reconstructor"]
 
 LAG_NS = 400_000_000  # how long the network may work beside the stream before a frame waits for it
-DENSE_LAG_NS = 300_000_000  # and dense depth after it; the frames behind the join catch up meanwhile
+DENSE_LAG_NS = 500_000_000  # and dense depth after it; the frames behind the join catch up meanwhile
 PIECE_NS = 100_000_000  # of a window's further way into the map, one piece is done per so much time between frames
 SIGHTED_SIGMA = 0.01  # rad and share of the scene's distance, of a pose from recognised corners
 PLACE_CONFIDENCE = 0.2  # of depths that places keep: outliers are found when places are matched

@@ -38,9 +38,7 @@ class Problem:
     camera: np.ndarray  # [M]
     point: np.ndarray  # [M] ascending
     uv: np.ndarray  # [M, 2] as read
-    shutter: (
-        np.ndarray
-    )  # [M, 2] px/s: image velocity times how much later than the middle row this row is read, in rows
+    shutter: np.ndarray  # [M, 2] px/s: image velocity, times this row's distance from the middle row in image heights
     sigma_px: np.ndarray  # [M]
     prior_inverse_depth: np.ndarray  # [P] at the anchor
     prior_sigma: np.ndarray  # [P] relative to the prior's value; inf: no prior

@@ -14,9 +14,7 @@ from spark3r_ros.refine.landmarks import LandmarkTable, among, first_inverse_dep
 SIGMA_PX = 0.3  # of a track's position; larger ones let the depth priors win: turns come out too small, steps too long
 INSTANT_SIGMA = 0.002  # seconds: the time that a row of an image shows, as blur and shutter leave it open
 FLAT_PRIOR_SIGMA = 3.0  # of an inverse depth about which nothing is known but that of its neighbours in the image
-NETWORK_PRIOR_SIGMA = (
-    1.0  # of an inverse depth from a network: its errors are shared by whole surfaces, not averaged away
-)
+NETWORK_PRIOR_SIGMA = 1.0  # of an inverse depth from a network: whole surfaces share its errors, nothing averages them
 
 
 def sigma_px(speed: float) -> float:
