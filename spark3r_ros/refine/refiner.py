@@ -286,7 +286,7 @@ class Refiner:
         fixed = self._neighbours(posed)
         if len(fixed) < 2:
             fixed, posed = fixed + posed[: 2 - len(fixed)], posed[2 - len(fixed) :]
-        return self._adjust(posed, fixed, iterations=5, max_points=_WINDOW_POINTS, calibrate=True)
+        return self._adjust(posed, fixed, iterations=10, max_points=_WINDOW_POINTS, calibrate=True)
 
     # Adjustment
 
