@@ -540,11 +540,11 @@ class Reconstructor:
         if self._loops.is_due:
             self._loops.submit({k.id: k.S_map_keyframe for k in self._keyframes.values() if k.is_solved})
         self._tracker.rebase(job.keyframes[-1], job.before_last, job.link)
-        self._settle(job.keyframes, job.link)
-        self._num_windows += 1
-        self._last_report = self._report(len(job.keyframes), job.link, job.seconds)
         depth = job.new[-1].dense
         assert depth is not None
+        self._settle(job.keyframes, job.link)  # a camera that is lost now gives up the window's depths
+        self._num_windows += 1
+        self._last_report = self._report(len(job.keyframes), job.link, job.seconds)
         self._solved = Solved(self._last_report, job.new, self._depth_camera(solution.K), depth)
         for keyframe in job.leaving:
             keyframe.retire()

@@ -69,6 +69,17 @@ def test_a_nonsense_window_is_reported_and_does_not_poison_the_scale(stream):
     assert windows[-1].log_scale == pytest.approx(0, abs=0.05)
 
 
+def test_a_window_that_loses_the_camera_is_still_reported(stream):
+    oracle = Oracle(stream)
+    oracle.broken = {2, 3}
+    _, updates = run(stream, oracle, window__keyframe_flow=0.06)
+    lost = next(u for u in updates if u.state is TrackingState.LOST)
+    assert lost.window is not None
+    assert not lost.window.accepted
+    assert lost.depth is not None
+    assert len(poses_of(updates)) == len(stream.frames)
+
+
 def test_odometry_never_jumps_and_map_to_odom_takes_corrections(stream):
     oracle = Oracle(stream, pose_noise=0.02, depth_noise=0.05)
     _, updates = run(stream, oracle)
