@@ -130,10 +130,10 @@ class Refiner:
             nearest = self._nearest_keyframe(tracks.ids)
             if nearest is None:
                 return None
-            guess = nearest.T_world_camera
+            assert nearest.T_world_camera is not None
+            guess = nearest.T_world_camera @ self._rotation(nearest.ids, nearest.uv, tracks.ids, uv)
         else:
             guess = T_guess @ T_last_here
-        assert guess is not None
         rows, found = self._table.find(tracks.ids)
         if found.sum() >= 6:
             rows = rows[found]
@@ -145,12 +145,14 @@ class Refiner:
     def _turn(self, ids: np.ndarray, uv: np.ndarray) -> np.ndarray:
         """Rotation [4, 4] of the points since the frame before: what a guess misses most when a camera turns fast."""
         last, self._last = self._last, (ids, uv)
-        if last is None:
+        return np.eye(4) if last is None else self._rotation(*last, ids, uv)
+
+    def _rotation(self, ids_a: np.ndarray, uv_a: np.ndarray, ids_b: np.ndarray, uv_b: np.ndarray) -> np.ndarray:
+        """T_a_b [4, 4] that only turns: of two sets of points ``ids`` [N] at ``uv`` [N, 2]; identity of too few."""
+        _, a, b = np.intersect1d(ids_a, ids_b, assume_unique=True, return_indices=True)
+        if len(a) < MIN_INLIERS:
             return np.eye(4)
-        _, here, there = np.intersect1d(ids, last[0], assume_unique=True, return_indices=True)
-        if len(here) < MIN_INLIERS:
-            return np.eye(4)
-        R, inlier = align_rays(rays(last[1][there], self.K), rays(uv[here], self.K), _RAY_THRESHOLD)
+        R, inlier = align_rays(rays(uv_a[a], self.K), rays(uv_b[b], self.K), _RAY_THRESHOLD)
         return make_T(R, np.zeros(3)) if inlier.sum() >= MIN_INLIERS else np.eye(4)
 
     def _tracked(self, fit: PoseFit, anchor: np.ndarray) -> TrackedPose:
@@ -286,7 +288,7 @@ class Refiner:
         fixed = self._neighbours(posed)
         if len(fixed) < 2:
             fixed, posed = fixed + posed[: 2 - len(fixed)], posed[2 - len(fixed) :]
-        return self._adjust(posed, fixed, iterations=10, max_points=_WINDOW_POINTS, calibrate=True)
+        return self._adjust(posed, fixed, iterations=5, max_points=_WINDOW_POINTS, calibrate=True)
 
     # Adjustment
 
