@@ -452,8 +452,12 @@ class Reconstructor:
 
     @property
     def _window_is_due(self) -> bool:
-        """A full window, or, when a lost camera has been found, as little as will do."""
-        return self._window.is_full or (self._recovering and self._window.can_start)
+        """A full window, or, when a lost camera has been found, as little as will do and knows where it is."""
+        found = self._recovering and self._window.can_start and self._has_sighting(self._window.keyframes)
+        return self._window.is_full or found
+
+    def _has_sighting(self, keyframes: Sequence[Keyframe]) -> bool:
+        return any(k.frame_index in self._sightings for k in keyframes)
 
     def _work(self, stamp_ns: int, interval_ns: int, is_busy: bool) -> None:
         """Bring windows into the map; ``interval_ns``: since the frame before; ``is_busy``: the frame has cost much.
@@ -551,7 +555,8 @@ class Reconstructor:
 
     def _settle(self, keyframes: Sequence[Keyframe], link: Link | None) -> None:
         """The window is in the map: what that means for the state."""
-        if self._state is TrackingState.LOST:  # a new segment that nothing ties to the map
+        found = self._recovering and self._has_sighting(keyframes)
+        if (self._recovering or self._state is TrackingState.LOST) and not found:  # nothing ties it to the map
             self._unconnected_from = keyframes[0].id
         self._state = TrackingState.TRACKING if len(keyframes) > 1 else TrackingState.INITIALISING
         self._recovering = False

@@ -118,6 +118,22 @@ def test_a_saved_map_is_found_again(stream, tmp_path):
     assert updates[0].map_changed
 
 
+def test_keyframes_from_before_the_place_was_known_do_not_decide_where_it_is(stream, tmp_path):
+    """Regression: a window of a found camera in which no keyframe had recognised anything was believed."""
+    first = make(at(stream, list(range(25, 50))))
+    run(at(stream, list(range(25, 50))), first)
+    first.save_map(tmp_path / "half.map")
+    walk = at(stream, list(range(50)))
+    second = make(walk, **{"window.keyframe_flow": 0.05})
+    second.load_map(tmp_path / "half.map")
+    _, poses = run(walk, second)
+    found = next(i for i, p in enumerate(poses) if p.state is TrackingState.TRACKING and p.covariance[0, 0] < 1.0)
+    assert found > 3
+    T_first = np.linalg.inv(stream.T_world_camera[25])
+    for pose, T in list(zip(poses, walk.T_world_camera, strict=True))[found:]:
+        assert np.linalg.norm(pose.T_map_camera[:3, 3] - (T_first @ T)[:3, 3] * 0.5) < 0.1
+
+
 def test_a_map_survives_two_round_trips(stream, tmp_path):
     first = make(at(stream, list(range(30))))
     run(at(stream, list(range(30))), first)
