@@ -73,18 +73,16 @@ def node_under_test() -> None:
 
 def node_alone() -> None:
     """The same without any reconstruction: every image is answered with the same pose at once."""
-    import dataclasses
-
     from spark3r_ros.frame import FramePose, ScaleEstimate, TrackingState, Update
     from spark3r_ros.ros.node import main
 
-    pose = FramePose(0, "", np.eye(4), np.eye(4), np.eye(6) * 1e-4, TrackingState.TRACKING)
-    update = Update(state=TrackingState.TRACKING, scale=ScaleEstimate(0.0, 0.01, "depth"))
+    T, covariance, state = np.eye(4), np.eye(6) * 1e-4, TrackingState.TRACKING
+    scale = ScaleEstimate(0.0, 0.01, "depth")
 
     class Still(fake_reconstructor()):  # type: ignore[misc]
         def push(self, frame: Any) -> Update:
-            here = dataclasses.replace(pose, stamp_ns=frame.stamp_ns, frame_id=frame.frame_id)
-            return dataclasses.replace(update, poses=(here,))
+            pose = FramePose(frame.stamp_ns, frame.frame_id, T, T, covariance, state)
+            return Update(poses=(pose,), T_map_odom=T, state=state, scale=scale)
 
     main(["--ros-args", "-p", "base_frame:=''"], make_reconstructor=Still)
 

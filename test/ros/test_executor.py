@@ -1,23 +1,27 @@
 """The executor of the entry point; every other test runs the node in it."""
 
 import threading
+import time
 
+from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from std_msgs.msg import Header
+from std_srvs.srv import Trigger
 
-from spark3r_ros.ros.executor import LeanExecutor
+from spark3r_ros.ros.executor import REST_S, LeanExecutor
 
 
 class Watched(LeanExecutor):
-    """Notes how many subscriptions each wait set has."""
+    """Notes how large each wait set is."""
 
-    def __init__(self):
+    def __init__(self, size_of):
         super().__init__()
+        self.size_of = size_of
         self.sizes = []
 
     def get_nodes(self):
         nodes = super().get_nodes()
-        self.sizes.append(sum(len(list(node.subscriptions)) for node in nodes))
+        self.sizes.append(sum(self.size_of(node) for node in nodes))
         return nodes
 
 
@@ -30,7 +34,7 @@ def test_one_message_costs_one_complete_wait_set(ros):
     node, got = Node("listener"), []
     node.create_subscription(Header, "topic", got.append, 10)
     publisher = node.create_publisher(Header, "topic", 10)
-    executor = Watched()
+    executor = Watched(lambda node: len(list(node.subscriptions)))
     executor.add_node(node)
     publisher.publish(Header())
     spin_until(executor, lambda: got)
@@ -61,5 +65,51 @@ def test_what_is_asked_for_while_a_callback_runs_is_not_missed(ros):
         publisher.publish(Header())
         spin_until(executor, lambda count=count: seen.count("task") == seen.count("message") == count)
     spin_until(executor, lambda: seen[-3:] == 3 * ["timer"])
+    executor.shutdown()
+    node.destroy_node()
+
+
+def test_services_are_answered_while_messages_stream_in(ros):
+    """They are not in every wait set then, but soon in one, and at once when the stream has ended and a timer fires."""
+    node, client_node, got = Node("server"), Node("client"), []
+    node.create_subscription(Header, "topic", got.append, 10)
+    node.create_timer(0.5, lambda: None)
+    node.create_service(Trigger, "ask", lambda request, response: response)
+    client, publisher = client_node.create_client(Trigger, "ask"), node.create_publisher(Header, "topic", 10)
+    executor, other = LeanExecutor(), SingleThreadedExecutor()
+    executor.add_node(node)
+    other.add_node(client_node)
+    assert client.wait_for_service(10)
+    for is_streaming in (True, False):
+        got.clear()
+        publisher.publish(Header())
+        spin_until(executor, lambda: got)
+        future, begin = client.call_async(Trigger.Request()), time.monotonic()
+        while not future.done():
+            if is_streaming:
+                publisher.publish(Header())
+            executor.spin_once(timeout_sec=30)
+            other.spin_once(timeout_sec=0)
+        assert time.monotonic() - begin < REST_S + 0.9
+    executor.shutdown()
+    other.shutdown()
+    node.destroy_node()
+    client_node.destroy_node()
+
+
+def test_wait_sets_of_a_stream_leave_services_out(ros):
+    node, got = Node("listener"), []
+    node.create_subscription(Header, "topic", got.append, 10)
+    publisher = node.create_publisher(Header, "topic", 10)
+    executor = Watched(lambda node: len(list(node.services)))
+    executor.add_node(node)
+    begin = time.monotonic()
+    while time.monotonic() - begin < 3 * REST_S:
+        got.clear()
+        publisher.publish(Header())
+        spin_until(executor, lambda: got)
+    complete = sum(size > 0 for size in executor.sizes)
+    assert 2 <= complete <= 5  # one in REST_S
+    assert len(executor.sizes) > 5 * complete
     executor.shutdown()
     node.destroy_node()
