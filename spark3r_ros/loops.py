@@ -66,8 +66,9 @@ def step_doubt(num_inliers: int) -> float:
     return max(0.5, SURE_INLIERS / max(num_inliers, 10))
 
 
-def loop_edge(first: int, second: int, S_first_second: np.ndarray, depth: float) -> Edge:
-    sigmas = (LOOP_ROTATION, LOOP_TRANSLATION * depth, LOOP_SCALE)
+def loop_edge(first: int, second: int, S_first_second: np.ndarray, depth: float, doubt: float = 1.0) -> Edge:
+    """``depth``: distance of the scene in units of ``first``. ``doubt`` multiplies the sigmas of a good sighting."""
+    sigmas = (doubt * LOOP_ROTATION, doubt * LOOP_TRANSLATION * depth, doubt * LOOP_SCALE)
     return Edge(first, second, S_first_second, sigmas, is_loop=True)
 
 

@@ -420,8 +420,9 @@ class Reconstructor:
         keyframe = self._keyframes[sighting.place.keyframe_id]
         T = sighted_pose(sighting, keyframe, self._S_map_world)
         self._sightings[seen.index] = sighting
-        sigma_t = SIGHTED_SIGMA * keyframe.median_depth * keyframe.scale / float(geometry.scale_of(self._S_map_world))
-        covariance = np.diag([sigma_t**2] * 3 + [SIGHTED_SIGMA**2] * 3)
+        sigma = SIGHTED_SIGMA * sighting.doubt
+        sigma_t = sigma * keyframe.median_depth * keyframe.scale / float(geometry.scale_of(self._S_map_world))
+        covariance = np.diag([sigma_t**2] * 3 + [sigma**2] * 3)
         return Estimate(T, covariance, _inlier_confidence(sighting.num_inliers))
 
     def _recognise(self, seen: Seen) -> Sighting | None:
@@ -661,7 +662,7 @@ class Reconstructor:
         if sighting is not None:
             place = self._keyframes[sighting.place.keyframe_id]
             S = geometry.inverse(place.S_map_keyframe) @ keyframe.S_map_keyframe
-            self._loops.edges.append(loop_edge(place.id, keyframe.id, S, place.median_depth))
+            self._loops.edges.append(loop_edge(place.id, keyframe.id, S, place.median_depth, sighting.doubt))
 
     def _connect(self, loop: Edge) -> None:
         """Move a segment that hung on nothing to where a sighting says that it is."""

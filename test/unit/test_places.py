@@ -49,7 +49,22 @@ def test_both_cameras_give_pose_and_scale():
     assert rotation < 0.01
     assert shift < 0.03
     assert log_scale == pytest.approx(0, abs=0.02)
-    assert sighting.num_inliers > 100
+    assert 100 < sighting.num_inliers == len(sighting.inlier_xy) == len(sighting.inlier_xyz) <= 150
+
+
+def test_a_sighting_of_few_corners_is_doubted():
+    """Over many seeds errors are larger where fewer corners agree, in proportion to what ``doubt`` says."""
+    error, doubt = {}, {}
+    for count in (60, 200):
+        seen_again = []
+        for seed in range(12):
+            query, place = two_views(count, 0.002, 0.04, seed=10 * seed)
+            seen_again.append(recognise(dataclasses.replace(query, depth=np.full(count, np.nan)), place, LoopConfig()))
+        error[count] = np.median([pose_error(s)[0] for s in seen_again])
+        doubt[count] = np.median([s.doubt for s in seen_again])
+    assert doubt[200] == 1.0
+    assert doubt[60] > 1.5
+    assert error[60] > 1.5 * error[200]
 
 
 def test_the_joint_solve_is_better_than_one_direction():
