@@ -9,6 +9,7 @@ is bounded however long the path becomes.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ STEP_TRANSLATION = 0.02  # share of the step, plus
 STEP_DEPTH = 0.002  # of the distance of the scene
 STEP_SCALE = 0.005  # of log scale
 SURE_INLIERS = 300  # errors of steps grow as points get fewer, in proportion (measured on rendered circuits)
-NETWORK_DOUBT = 2.0  # of steps that only the network has seen
+NETWORK_DOUBT = 6.0  # of steps that only the network has seen (likewise)
 LOOP_ROTATION = 0.01
 LOOP_TRANSLATION = 0.02  # of the distance of the scene
 LOOP_SCALE = 0.03
@@ -75,11 +76,11 @@ def loop_edge(first: int, second: int, S_first_second: np.ndarray, depth: float,
 def is_plausible(
     loop: Edge, S_map_first: np.ndarray, S_map_second: np.ndarray, path_length: float, config: LoopConfig
 ) -> bool:
-    """Whether the drift that a loop implies is one that the path between its ends can have gathered.
+    """Whether the drift that a loop implies is one that some path between its ends could gather, however bad.
 
     ``path_length``: of the path from one end to the other, in map units.
     """
-    drift = geometry.inverse(loop.S_first_second) @ geometry.inverse(S_map_first) @ S_map_second
+    drift = _drift(loop, S_map_first, S_map_second)
     scale = float(geometry.scale_of(drift))
     rotation = float(geometry.rotation_angle(drift[:3, :3] / scale))
     there = S_map_first @ loop.S_first_second
@@ -94,6 +95,24 @@ def is_plausible(
     return good
 
 
+def gathered_drift(S_map: np.ndarray, edges: Sequence[Edge]) -> np.ndarray:
+    """Covariance [7, 7] of a chain of N edges that end in the nodes S_map [N, 4, 4], in the axes of the map."""
+    spread = _adjoint(S_map) * np.sqrt([_variances(e) for e in edges])[:, None]
+    return np.einsum("nij,nkj->ik", spread, spread)
+
+
+def sigmas_off(loop: Edge, S_map_first: np.ndarray, S_map_second: np.ndarray, gathered: np.ndarray) -> float:
+    """How unlikely the drift is that a loop implies (Mahalanobis); ``gathered`` [7, 7]: see ``gathered_drift``."""
+    error = _log(_drift(loop, S_map_first, S_map_second)[None])[0]
+    A = _adjoint(geometry.inverse(S_map_second)[None])[0]
+    return float(np.sqrt(error @ np.linalg.solve(A @ gathered @ A.T + np.diag(_variances(loop)), error)))
+
+
+def _drift(loop: Edge, S_map_first: np.ndarray, S_map_second: np.ndarray) -> np.ndarray:
+    """Where the second keyframe stands, as seen from where the loop says that it does."""
+    return geometry.inverse(loop.S_first_second) @ geometry.inverse(S_map_first) @ S_map_second
+
+
 class LoopCloser:
     """Finds loops as keyframes come, and has the pose graph solved behind the stream's back.
 
@@ -103,6 +122,8 @@ class LoopCloser:
 
     SPACING = 3  # keyframes between two loops
     SPARE = 50  # one of so many places is forgotten beyond the bound, so that it is seldom that all are compared
+    DOUBTFUL = 3.0  # sigmas by which a loop may be off what its steps can have gathered, without another that agrees
+    HELD = 20  # of the doubtful, the latest so many may be confirmed
     TOLERATED = 2.0  # sigmas by which a loop may be off before the graph is solved for it
     ENOUGH = 8  # loops that were in order before the graph is solved for all of them
 
@@ -112,6 +133,7 @@ class LoopCloser:
         self.edges: list[Edge] = []
         self.num_loops = 0
         self.num_refused = 0
+        self._held: deque[Edge] = deque(maxlen=self.HELD)
         self._unsolved = 0  # loops since the last solution
         self._urgent = False
         self._last_loop = -(10**9)
@@ -138,8 +160,9 @@ class LoopCloser:
             first = keyframes[seen.place.keyframe_id]
             edge = loop_edge(first.id, query.id, seen.S_place_query, query.median_depth * float(np.exp(seen.log_scale)))
             ends = first.S_map_keyframe, query.S_map_keyframe
-            plausible = unconnected_from is not None or is_plausible(
-                edge, *ends, query.travelled - first.travelled, self.config
+            plausible = unconnected_from is not None or (
+                is_plausible(edge, *ends, query.travelled - first.travelled, self.config)
+                and self._is_believed(edge, keyframes)
             )
             if np.isfinite(seen.scale_spread) and plausible:
                 self._take(edge, *ends)
@@ -147,14 +170,55 @@ class LoopCloser:
             self.num_refused += 1
         return None
 
+    def _is_believed(self, loop: Edge, keyframes: Mapping[int, Keyframe]) -> bool:
+        """Whether the steps between its ends can have gathered what a loop implies, or another doubtful one agrees.
+
+        A pattern that repeats looks like the same place: so well that nothing in the two images tells it.
+        """
+        gathered = self._gathered(loop.first, loop.second, keyframes)
+        if gathered is None:
+            return True
+        off = sigmas_off(loop, keyframes[loop.first].S_map_keyframe, keyframes[loop.second].S_map_keyframe, gathered)
+        if off <= self.DOUBTFUL:
+            return True
+        confirmed = any(self._agree(held, loop, keyframes) for held in self._held)
+        self._held.append(loop)
+        logger.info(
+            "loop %d-%d is %.1f sigma off what its steps can have gathered: %s",
+            loop.first, loop.second, off, "confirmed by an earlier one" if confirmed else "held back",
+        )  # fmt: skip
+        return confirmed
+
+    def _agree(self, held: Edge, loop: Edge, keyframes: Mapping[int, Keyframe]) -> bool:
+        """Whether a loop is right where an earlier one of other places is: neighbours see the same false pattern."""
+        if min(abs(loop.first - held.first), loop.second - held.second) < self.config.min_gap:
+            return False
+        before, behind = (self._gathered(*ends, keyframes) for ends in zip(_ends(held), _ends(loop), strict=True))
+        if before is None or behind is None:
+            return False
+        first, second = (keyframes[i].S_map_keyframe for i in _ends(held))
+        there = first @ held.S_first_second
+        moved = there @ geometry.inverse(second)
+        A = _adjoint(moved[None])[0]
+        gathered = before + gathered_drift(there[None], [held]) + A @ behind @ A.T
+        S_first, S_second = (keyframes[i].S_map_keyframe for i in _ends(loop))
+        return sigmas_off(loop, S_first, moved @ S_second, gathered) <= self.DOUBTFUL
+
+    def _gathered(self, first: int, second: int, keyframes: Mapping[int, Keyframe]) -> np.ndarray | None:
+        """Covariance of the steps between two keyframes; None where they are not one chain."""
+        first, second = sorted((first, second))
+        steps = [e for e in self.edges if not e.is_loop and first < e.second <= second]
+        if len(steps) < second - first:
+            return None
+        return gathered_drift(np.stack([keyframes[e.second].S_map_keyframe for e in steps]), steps)
+
     def _take(self, edge: Edge, S_map_first: np.ndarray, S_map_second: np.ndarray) -> None:
         self.edges.append(edge)
         self.num_loops += 1
         self._unsolved += 1
         self._last_loop = edge.second
-        off = geometry.inverse(edge.S_first_second) @ geometry.inverse(S_map_first) @ S_map_second
-        r, t, s = edge.sigmas
-        whitened = np.abs(_log(off[None])[0]) / np.array([r] * 3 + [t] * 3 + [s])
+        off = _drift(edge, S_map_first, S_map_second)
+        whitened = np.abs(_log(off[None])[0]) / np.sqrt(_variances(edge))
         self._urgent |= bool(whitened.max() > self.TOLERATED)
         logger.info("loop %d-%d, %.1f sigma off", edge.first, edge.second, whitened.max())
 
@@ -430,6 +494,25 @@ def _moved(S: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Similarities [N, 4, 4] moved in their own frame by x [N, 7]: rotation vector, translation, log scale."""
     step = geometry.make_T(np.exp(x[:, 6])[:, None, None] * geometry.so3_exp(x[:, :3]), x[:, 3:6])
     return S @ step
+
+
+def _adjoint(S: np.ndarray) -> np.ndarray:
+    """[N, 7, 7] that turn a small ``_log`` in the axes of the similarities [N, 4, 4] into the same in those outside."""
+    scale = geometry.scale_of(S)[:, None, None]
+    R, t = S[:, :3, :3] / scale, S[:, :3, 3]
+    A = np.zeros((len(S), 7, 7))
+    A[:, :3, :3], A[:, 3:6, 3:6], A[:, 6, 6] = R, scale * R, 1.0
+    A[:, 3:6, :3], A[:, 3:6, 6] = geometry.hat(t) @ R, -t
+    return A
+
+
+def _variances(edge: Edge) -> np.ndarray:
+    """[7] of rotation, translation, log scale."""
+    return np.repeat(np.square(edge.sigmas), (3, 3, 1))
+
+
+def _ends(edge: Edge) -> tuple[int, int]:
+    return edge.first, edge.second
 
 
 def _log(S: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from spark3r_ros import geometry
+from spark3r_ros import geometry, loops
 from spark3r_ros.config import LoopConfig
 from spark3r_ros.loops import (
     ANCHOR_STEP,
@@ -15,22 +15,26 @@ from spark3r_ros.loops import (
     LoopCloser,
     condense,
     correct,
+    gathered_drift,
     is_plausible,
     loop_edge,
     optimise_gtsam,
     optimise_scipy,
+    sigmas_off,
     spread,
     step_doubt,
     step_edge,
 )
-from spark3r_ros.places import Place, PlaceStore
+from spark3r_ros.places import Place, PlaceStore, Sighting
 from spark3r_ros.windows import Keyframe
 
 
-def ring(count: int = 60, scale_drift: float = 0.004, rotation_drift: float = 0.002, seed: int = 0):
+def ring(
+    count: int = 60, scale_drift: float = 0.004, rotation_drift: float = 0.002, seed: int = 0, rounds: float = 1.0
+):
     """A closed circle seen with drift: truth, drifted nodes, step edges."""
     rng = np.random.default_rng(seed)
-    angle = np.linspace(0, 2 * np.pi, count)
+    angle = np.linspace(0, 2 * np.pi * rounds, count)
     truth = np.stack(
         [geometry.make_T(geometry.so3_exp(np.array([0, 0, a])), [5 * np.cos(a), 5 * np.sin(a), 0.0]) for a in angle]
     )
@@ -132,6 +136,85 @@ def test_implausible_cycles_are_refused():
     assert not is_plausible(loop_edge(0, 30, np.eye(4), 3.0), nodes[0], nodes[30], 15.0, config)
     turned = geometry.make_T(geometry.so3_exp(np.array([0, 1.5, 0])), np.zeros(3))
     assert not is_plausible(loop_edge(0, 59, turned, 3.0), nodes[0], nodes[59], 31.0, config)
+
+
+# -- what steps can have gathered --------------------------------------------------------------------------------------
+
+
+def test_gathered_drift_is_what_errors_of_steps_add_up_to():
+    """Many noisy copies of one path: the drift between its ends is spread as predicted, levers and scale included."""
+    rng = np.random.default_rng(0)
+    truth, _, _ = ring(40)
+    steps = geometry.inverse(truth[:-1]) @ truth[1:]
+    edges = [step_edge(i, i + 1, T, 3.0) for i, T in enumerate(steps)]
+    gathered = gathered_drift(truth[1:], edges)
+    exact = Edge(0, 39, geometry.inverse(truth[0]) @ truth[39], (1e-6, 1e-6, 1e-6), is_loop=True)
+    off = []
+    for _ in range(300):
+        S = truth[0]
+        for T, edge in zip(steps, edges, strict=True):
+            r, t, s = edge.sigmas
+            noise = geometry.se3_exp(np.r_[rng.normal(0, t, 3), rng.normal(0, r, 3)])
+            S = S @ T @ geometry.similarity(np.exp(rng.normal(0, s)), noise)
+        off.append(sigmas_off(exact, truth[0], S, gathered))
+    assert np.mean(np.square(off)) == pytest.approx(7, rel=0.2)
+
+
+def revisited(scale_drift: float, rotation_drift: float) -> tuple[np.ndarray, LoopCloser, dict[int, Keyframe]]:
+    """A ring of 60 keyframes walked one and a half times; the truth, and what was mapped."""
+    truth, nodes, edges = ring(90, scale_drift, rotation_drift, rounds=1.5)
+    closer, keyframes = remembered(np.zeros(90), LoopConfig())
+    closer.edges.extend(edges)
+    for number, S in nodes.items():
+        keyframes[number].T_map_camera, keyframes[number].travelled = S, 0.53 * number
+    return truth, closer, keyframes
+
+
+def sees(monkeypatch, closer, keyframes, number: int, place: int, S_place_query: np.ndarray) -> Edge | None:
+    """What becomes of a keyframe's sighting of a place."""
+    sighting = Sighting(keyframes[place].place, S_place_query, 50, 0.0, 0.01, np.zeros((0, 3)), np.zeros((0, 2)))
+    monkeypatch.setattr(closer.places, "similar", lambda *_: [keyframes[place].place])
+    monkeypatch.setattr(loops, "recognise", lambda *_: sighting)
+    return closer.search(keyframes[number], keyframes, None)
+
+
+def test_a_true_loop_after_drift_is_taken(monkeypatch):
+    truth, closer, keyframes = revisited(scale_drift=0.0002, rotation_drift=0.0002)
+    assert sees(monkeypatch, closer, keyframes, 65, 5, geometry.inverse(truth[5]) @ truth[65]) is not None
+    assert closer.num_loops == 1
+
+
+def test_a_pattern_that_repeats_moves_nothing_however_many_keyframes_see_it(monkeypatch):
+    """Steps know within 0.4 where the camera is; a wall's pattern says 1.5 along it, to one keyframe after another."""
+    truth, closer, keyframes = revisited(scale_drift=0.0002, rotation_drift=0.0002)
+    period = geometry.make_T(np.eye(3), np.array([0.0, 1.5, 0.0]))
+    for i in range(0, 16, 4):
+        false = geometry.inverse(truth[5 + i]) @ period @ truth[65 + i]
+        assert sees(monkeypatch, closer, keyframes, 65 + i, 5 + i, false) is None
+    assert closer.num_loops == 0
+    assert closer.num_refused == 4
+    assert sees(monkeypatch, closer, keyframes, 85, 25, geometry.inverse(truth[25]) @ truth[85]) is not None
+
+
+def test_a_drift_that_steps_do_not_explain_is_believed_when_another_place_confirms_it(monkeypatch):
+    truth, closer, keyframes = revisited(scale_drift=0.0002, rotation_drift=0.006)
+    for i, taken in ((0, False), (10, False), (22, True)):
+        loop = sees(monkeypatch, closer, keyframes, 65 + i, 5 + i, geometry.inverse(truth[5 + i]) @ truth[65 + i])
+        assert (loop is not None) == taken
+
+
+def test_false_loops_of_different_places_do_not_confirm_each_other(monkeypatch):
+    truth, closer, keyframes = revisited(scale_drift=0.0002, rotation_drift=0.0002)
+    for i, shift in ((0, [0.0, 1.5, 0.0]), (22, [1.5, 0.0, 0.0])):
+        false = geometry.inverse(truth[5 + i]) @ geometry.make_T(np.eye(3), np.array(shift)) @ truth[65 + i]
+        assert sees(monkeypatch, closer, keyframes, 65 + i, 5 + i, false) is None
+
+
+def test_where_the_chain_is_broken_only_the_wide_bounds_hold(monkeypatch):
+    truth, closer, keyframes = revisited(scale_drift=0.0002, rotation_drift=0.0002)
+    closer.edges = [e for e in closer.edges if e.second != 30]
+    shifted = geometry.inverse(truth[5]) @ geometry.make_T(np.eye(3), np.array([0.0, 1.5, 0.0])) @ truth[65]
+    assert sees(monkeypatch, closer, keyframes, 65, 5, shifted) is not None
 
 
 # -- the condensed graph -------------------------------------------------------------------------------------------
