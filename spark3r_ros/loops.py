@@ -165,7 +165,7 @@ class LoopCloser:
                 and self._is_believed(edge, keyframes)
             )
             if np.isfinite(seen.scale_spread) and plausible:
-                self._take(edge, *ends)
+                self._take(edge, keyframes)
                 return edge
             self.num_refused += 1
         return None
@@ -181,13 +181,17 @@ class LoopCloser:
         off = sigmas_off(loop, keyframes[loop.first].S_map_keyframe, keyframes[loop.second].S_map_keyframe, gathered)
         if off <= self.DOUBTFUL:
             return True
-        confirmed = any(self._agree(held, loop, keyframes) for held in self._held)
-        self._held.append(loop)
+        confirmed = [held for held in self._held if self._agree(held, loop, keyframes)]
         logger.info(
-            "loop %d-%d is %.1f sigma off what its steps can have gathered: %s",
-            loop.first, loop.second, off, "confirmed by an earlier one" if confirmed else "held back",
+            "loop %d-%d is %.1f sigma off what its steps can have gathered, %d earlier ones agree",
+            loop.first, loop.second, off, len(confirmed),
         )  # fmt: skip
-        return confirmed
+        for held in confirmed:
+            self._held.remove(held)
+            self._take(held, keyframes)
+        if not confirmed:
+            self._held.append(loop)
+        return bool(confirmed)
 
     def _agree(self, held: Edge, loop: Edge, keyframes: Mapping[int, Keyframe]) -> bool:
         """Whether a loop is right where an earlier one of other places is: neighbours see the same false pattern."""
@@ -212,12 +216,12 @@ class LoopCloser:
             return None
         return gathered_drift(np.stack([keyframes[e.second].S_map_keyframe for e in steps]), steps)
 
-    def _take(self, edge: Edge, S_map_first: np.ndarray, S_map_second: np.ndarray) -> None:
+    def _take(self, edge: Edge, keyframes: Mapping[int, Keyframe]) -> None:
         self.edges.append(edge)
         self.num_loops += 1
         self._unsolved += 1
         self._last_loop = edge.second
-        off = _drift(edge, S_map_first, S_map_second)
+        off = _drift(edge, keyframes[edge.first].S_map_keyframe, keyframes[edge.second].S_map_keyframe)
         whitened = np.abs(_log(off[None])[0]) / np.sqrt(_variances(edge))
         self._urgent |= bool(whitened.max() > self.TOLERATED)
         logger.info("loop %d-%d, %.1f sigma off", edge.first, edge.second, whitened.max())
