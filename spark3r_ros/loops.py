@@ -97,7 +97,7 @@ def is_plausible(
 
 def gathered_drift(S_map: np.ndarray, edges: Sequence[Edge]) -> np.ndarray:
     """Covariance [7, 7] of a chain of N edges that end in the nodes S_map [N, 4, 4], in the axes of the map."""
-    spread = _adjoint(S_map) * np.sqrt([_variances(e) for e in edges])[:, None]
+    spread = _adjoint(S_map) * np.sqrt(_variances(edges))[:, None]
     return np.einsum("nij,nkj->ik", spread, spread)
 
 
@@ -105,7 +105,7 @@ def sigmas_off(loop: Edge, S_map_first: np.ndarray, S_map_second: np.ndarray, ga
     """How unlikely the drift is that a loop implies (Mahalanobis); ``gathered`` [7, 7]: see ``gathered_drift``."""
     error = _log(_drift(loop, S_map_first, S_map_second)[None])[0]
     A = _adjoint(geometry.inverse(S_map_second)[None])[0]
-    return float(np.sqrt(error @ np.linalg.solve(A @ gathered @ A.T + np.diag(_variances(loop)), error)))
+    return float(np.sqrt(error @ np.linalg.solve(A @ gathered @ A.T + np.diag(_variances([loop])[0]), error)))
 
 
 def _drift(loop: Edge, S_map_first: np.ndarray, S_map_second: np.ndarray) -> np.ndarray:
@@ -160,11 +160,14 @@ class LoopCloser:
             first = keyframes[seen.place.keyframe_id]
             edge = loop_edge(first.id, query.id, seen.S_place_query, query.median_depth * float(np.exp(seen.log_scale)))
             ends = first.S_map_keyframe, query.S_map_keyframe
-            plausible = unconnected_from is not None or (
-                is_plausible(edge, *ends, query.travelled - first.travelled, self.config)
-                and self._is_believed(edge, keyframes)
+            believed = np.isfinite(seen.scale_spread) and (
+                unconnected_from is not None
+                or (
+                    is_plausible(edge, *ends, query.travelled - first.travelled, self.config)
+                    and self._is_believed(edge, keyframes)
+                )
             )
-            if np.isfinite(seen.scale_spread) and plausible:
+            if believed:
                 self._take(edge, keyframes)
                 return edge
             self.num_refused += 1
@@ -222,7 +225,7 @@ class LoopCloser:
         self._unsolved += 1
         self._last_loop = edge.second
         off = _drift(edge, keyframes[edge.first].S_map_keyframe, keyframes[edge.second].S_map_keyframe)
-        whitened = np.abs(_log(off[None])[0]) / np.sqrt(_variances(edge))
+        whitened = np.abs(_log(off[None])[0]) / np.sqrt(_variances([edge])[0])
         self._urgent |= bool(whitened.max() > self.TOLERATED)
         logger.info("loop %d-%d, %.1f sigma off", edge.first, edge.second, whitened.max())
 
@@ -451,7 +454,7 @@ def optimise_scipy(S_map: dict[int, np.ndarray], edges: Sequence[Edge]) -> dict[
     start = np.stack([S_map[i] for i in ids])
     first, second = np.array([[row[e.first], row[e.second]] for e in edges]).T
     measured_inverse = geometry.inverse(np.stack([e.S_first_second for e in edges]))
-    sigma = np.array([[e.sigmas[0]] * 3 + [e.sigmas[1]] * 3 + [e.sigmas[2]] for e in edges])
+    sigma = np.sqrt(_variances(edges))
     is_loop = np.array([e.is_loop for e in edges])
     log_unit = np.log(geometry.scale_of(start[0]))
 
@@ -510,9 +513,9 @@ def _adjoint(S: np.ndarray) -> np.ndarray:
     return A
 
 
-def _variances(edge: Edge) -> np.ndarray:
-    """[7] of rotation, translation, log scale."""
-    return np.repeat(np.square(edge.sigmas), (3, 3, 1))
+def _variances(edges: Sequence[Edge]) -> np.ndarray:
+    """[E, 7] of rotation, translation, log scale."""
+    return np.repeat(np.square([e.sigmas for e in edges]), (3, 3, 1), axis=1)
 
 
 def _ends(edge: Edge) -> tuple[int, int]:
