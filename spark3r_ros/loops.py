@@ -28,6 +28,7 @@ STEP_TRANSLATION = 0.02  # share of the step, plus
 STEP_DEPTH = 0.002  # of the distance of the scene
 STEP_SCALE = 0.005  # of log scale
 SURE_INLIERS = 300  # errors of steps grow as points get fewer, in proportion (measured on rendered circuits)
+FIRST_DOUBT = 2.0  # of steps into a sparse map that did not track yet
 NETWORK_DOUBT = 6.0  # of steps that only the network has seen (likewise)
 LOOP_ROTATION = 0.01
 LOOP_TRANSLATION = 0.02  # of the distance of the scene

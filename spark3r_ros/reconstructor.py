@@ -39,7 +39,7 @@ from spark3r_ros.frame import (
     Update,
     WindowReport,
 )
-from spark3r_ros.loops import NETWORK_DOUBT, Edge, LoopCloser, loop_edge, step_doubt, step_edge
+from spark3r_ros.loops import FIRST_DOUBT, NETWORK_DOUBT, Edge, LoopCloser, loop_edge, step_doubt, step_edge
 from spark3r_ros.map_file import MapFileError, SavedMap
 from spark3r_ros.places import Corners, PlaceStore, Sighting, describe, make_place
 from spark3r_ros.point_map import KeyframePoints, PointMap, keyframe_points, trusted
@@ -651,7 +651,8 @@ class Reconstructor:
         keyframe.travelled = before.travelled + keyframe.scale * float(np.linalg.norm(T[:3, 3]))
         if before.segment == keyframe.segment and before.is_solved:
             if keyframe.num_inliers is None:
-                edge = step_edge(before.id, keyframe.id, T, keyframe.median_depth, NETWORK_DOUBT, link_sigma)
+                doubt = NETWORK_DOUBT if self._refiner is None else FIRST_DOUBT
+                edge = step_edge(before.id, keyframe.id, T, keyframe.median_depth, doubt, link_sigma)
             else:  # the sparse map, not the link, holds the windows together
                 edge = step_edge(before.id, keyframe.id, T, keyframe.median_depth, step_doubt(keyframe.num_inliers))
             self._loops.edges.append(edge)
