@@ -123,7 +123,7 @@ class LoopCloser:
 
     SPACING = 3  # keyframes between two loops
     SPARE = 50  # one of so many places is forgotten beyond the bound, so that it is seldom that all are compared
-    DOUBTFUL = 3.0  # sigmas by which a loop may be off what its steps can have gathered, without another that agrees
+    DOUBTFUL = 4.0  # sigmas by which a loop may be off what its steps can have gathered, without another that agrees
     HELD = 20  # of the doubtful, the latest so many may be confirmed
     TOLERATED = 2.0  # sigmas by which a loop may be off before the graph is solved for it
     ENOUGH = 8  # loops that were in order before the graph is solved for all of them
