@@ -130,7 +130,9 @@ class GridKeys:
 
 
 def attention_with_log_sum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention [B, H, N, D] and the log of its softmax denominator [B, H, N], by the CPU's flash kernel."""
+    """Attention [B, H, N, D] and the log of its softmax denominator [B, H, N], by the flash kernel."""
+    if q.is_cuda:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
 
 

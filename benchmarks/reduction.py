@@ -12,6 +12,11 @@ blocks at full length; the sum over all layers is composed from these, and marke
 
 Memory is the peak resident set during the pass less the resident set right before it: weights and input tokens are not
 counted, output tokens are. Last line: the same as JSON.
+
+``--device cuda`` runs under bfloat16 autocast, as the models do there. All seconds are then of the wall, with the
+device waited for, and memory is the allocator's, so that one process does everything:
+
+    python -m benchmarks.reduction --device cuda --trunk vggt --frames 50 100 300 500 1000 --compose-above 20
 """
 
 from __future__ import annotations
@@ -51,7 +56,8 @@ from spark3r_ros.config import ReductionConfig
 from spark3r_ros.reduction import ForwardReduction, TokenLayout, forward, sensitive_layers
 from spark3r_ros.reduction.plan import query_groups
 
-FLOPS_PER_SECOND = 75e9  # one core of an ordinary machine; only decides what is composed
+# One core of an ordinary machine, one large GPU; only decides what is composed.
+FLOPS_PER_SECOND = {"cpu": 75e9, "cuda": 400e12}
 REDUCTIONS = {"spark3r": ReductionConfig(), "spark3r shared": ReductionConfig(matching_interval=4)}
 METHODS = ("dense", *REDUCTIONS, *BASELINES)
 
@@ -89,12 +95,13 @@ def _real(spec: ModelSpec) -> Case:
     return Case(spec.trunk, rows, columns, sensitive_layers(ReductionConfig(), spec.name, layers, spec.sensitive))
 
 
+VGGT_1B = Case(TrunkSpec(14, 1024, 16, (FRAME, GLOBAL) * 24, (47,), 5), 28, 37, frozenset(range(11, 17)))
 TRUNKS = {
+    "vggt": VGGT_1B,
     "vggt-narrow": Case(_narrow(24), 8, 12, frozenset(range(11, 17))),
     "pi3-narrow": Case(_narrow(18), 8, 12, frozenset(range(11, 17))),
     "nano": _real(NANO),
 }
-VGGT_1B = Case(TrunkSpec(14, 1024, 16, (FRAME, GLOBAL) * 24, (47,), 5), 28, 37, frozenset(range(11, 17)))
 
 
 # -- what each method computes ---------------------------------------------------------------------------------------
@@ -171,17 +178,25 @@ def _add_key_subsets(flops: dict[str, float], method: str, case: Case, layout: T
 
 @dataclass
 class Clock:
-    """CPU and wall seconds by name."""
+    """CPU and wall seconds by name; on a GPU both are of the wall, until it has finished."""
 
+    device: str = "cpu"
     cpu: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     wall: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        wall, cpu = time.perf_counter(), time.process_time()
+        wall, cpu = self._now()
         yield
-        self.cpu[name] += time.process_time() - cpu
-        self.wall[name] += time.perf_counter() - wall
+        later = self._now()
+        self.wall[name] += later[0] - wall
+        self.cpu[name] += later[1] - cpu
+
+    def _now(self) -> tuple[float, float]:
+        if self.device == "cpu":
+            return time.perf_counter(), time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter(), time.perf_counter()
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -222,16 +237,21 @@ def clocked(clock: Clock) -> Iterator[None]:
         yield
 
 
-def resident_mb(peak: bool) -> float:
-    """Resident set of this process, now or at its peak (Linux)."""
+def memory_mb(device: str, peak: bool) -> float:
+    """Memory now or at its peak: the resident set of this process (Linux), or what is allocated on the GPU."""
+    if device == "cuda":
+        return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 2**20
     key = "VmHWM:" if peak else "VmRSS:"
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) / 1024
 
 
-def forget_peak() -> None:
-    """Let the peak resident set start again from what is resident now (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
+def forget_peak(device: str) -> None:
+    """Let the peak of memory start again from what is used now."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def chosen_blocks(kinds: list[str], case: Case, composed: bool) -> list[int]:
@@ -251,11 +271,13 @@ def chosen_blocks(kinds: list[str], case: Case, composed: bool) -> list[int]:
 
 def use_method(method: str, trunk: Trunk, case: Case, num_frames: int, clock: Clock) -> GlobalPass:
     """Put the method into every global layer of the trunk, timed."""
-    rope = trunk._rope(case.spec.global_rope, (case.rows, case.columns), torch.device("cpu"))
-    reduction = None
+    device = torch.device(clock.device)
+    rope = trunk._rope(case.spec.global_rope, (case.rows, case.columns), device)
+    reduction, layout = None, case.layout(num_frames)
     if method in REDUCTIONS:
-        reduction = ForwardReduction(REDUCTIONS[method], case.layout(num_frames), case.spec.num_global, case.sensitive)
-    baseline = BASELINES[method](case.grid(num_frames)) if method in BASELINES else None
+        reduction = ForwardReduction(REDUCTIONS[method], layout, case.spec.num_global, case.sensitive, device)
+    with device:
+        baseline = BASELINES[method](case.grid(num_frames)) if method in BASELINES else None
     for block, kind in zip(trunk.blocks, case.spec.kinds):
         if kind == GLOBAL:
             attend = block.attn.attend if baseline is None else partial(baseline.attend, block.attn)
@@ -264,31 +286,32 @@ def use_method(method: str, trunk: Trunk, case: Case, num_frames: int, clock: Cl
 
 
 @torch.inference_mode()
-def measure(method: str, case: Case, num_frames: int, composed: bool, passes: int) -> Measurement:
+def measure(method: str, case: Case, num_frames: int, composed: bool, passes: int, device: str = "cpu") -> Measurement:
     """Time one method; the fastest of ``passes`` passes."""
     torch.manual_seed(0)
-    trunk = Trunk(case.spec).eval()
-    x = torch.randn(1, num_frames, case.tokens_per_frame, case.spec.dim)
+    with torch.device(device):
+        trunk = Trunk(case.spec).eval()
+        x = torch.randn(1, num_frames, case.tokens_per_frame, case.spec.dim)
     kinds = layer_kinds(method, case, num_frames)
     best: Measurement | None = None
-    memory_mb = 0.0
+    peak = 0.0
     for index in range(passes + 1):
         warm_up = index == 0
-        clock, seconds = Clock(), Clock()
+        clock, seconds = Clock(device), Clock(device)
         few = x[:, :2] if warm_up else x
         run = use_method(method, trunk, case, few.shape[1], clock)
-        forget_peak()
-        before = resident_mb(peak=False)
-        with clocked(clock):
+        forget_peak(device)
+        before = memory_mb(device, peak=False)
+        with clocked(clock), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"), torch.device(device):
             drive(trunk, case, few, run, kinds, chosen_blocks(kinds, case, composed), seconds)
         if warm_up:
             continue
         result = summarise(method, case, num_frames, composed, kinds, clock, seconds)
-        memory_mb = max(memory_mb, resident_mb(peak=True) - before)  # a later pass reuses what the first one freed
+        peak = max(peak, memory_mb(device, peak=True) - before)  # a later pass reuses what the first one freed
         if best is None or result.cpu < best.cpu:
             best = result
     assert best is not None
-    best.memory_mb = memory_mb
+    best.memory_mb = peak
     return best
 
 
@@ -334,9 +357,14 @@ def summarise(
     )
 
 
-def measure_in_child(arguments: argparse.Namespace, method: str, num_frames: int) -> Measurement:
+def measure_apart(arguments: argparse.Namespace, method: str, num_frames: int) -> Measurement:
+    """One measurement: on the CPU in a process of its own."""
     case = TRUNKS[arguments.trunk]
-    estimate = sum(flop_model(method, case, num_frames).values()) / FLOPS_PER_SECOND / arguments.threads
+    flops = sum(flop_model(method, case, num_frames).values())
+    if arguments.device == "cuda":
+        estimate = flops / FLOPS_PER_SECOND["cuda"]
+        return measure(method, case, num_frames, estimate > arguments.compose_above, 3 if estimate < 1 else 1, "cuda")
+    estimate = flops / FLOPS_PER_SECOND["cpu"] / arguments.threads
     composed = estimate > arguments.compose_above
     passes = 3 if estimate < 3 else 1
     order = [arguments.trunk, method, num_frames, composed, passes, arguments.threads]
@@ -424,6 +452,7 @@ def main() -> None:
     parser.add_argument("--trunk", choices=sorted(TRUNKS), default="vggt-narrow")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--repeats", type=int, default=1, help="interleaved rounds; the fastest counts")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compose-above", type=float, default=600.0, help="estimated seconds of a forward pass")
     parser.add_argument("--out", type=Path, default=Path("out/reduction"))
@@ -436,7 +465,7 @@ def main() -> None:
     for num_frames in arguments.frames:
         for _ in range(arguments.repeats):
             for method in arguments.methods:
-                m = measure_in_child(arguments, method, num_frames)
+                m = measure_apart(arguments, method, num_frames)
                 runs[num_frames, method].append(m)
                 print(f"{num_frames} {method}: CPU {m.cpu:.2f} s, wall {m.wall:.2f} s", file=sys.stderr, flush=True)
     results = [fastest(several) for several in runs.values()]
@@ -445,7 +474,9 @@ def main() -> None:
     print("\n* composed from two global layers of each kind and four frame blocks at full length")
     arguments.out.mkdir(parents=True, exist_ok=True)
     plot(results, f"{arguments.trunk}, {arguments.threads} thread(s)", arguments.out / f"{arguments.trunk}.png")
-    print(json.dumps({"trunk": arguments.trunk, "threads": arguments.threads, "results": [asdict(m) for m in results]}))
+    device = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
+    about = {"trunk": arguments.trunk, "device": device, "torch": torch.__version__, "threads": arguments.threads}
+    print(json.dumps(about | {"results": [asdict(m) for m in results]}))
 
 
 if __name__ == "__main__":

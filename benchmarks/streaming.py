@@ -36,8 +36,9 @@ from spark3r_ros import geometry
 from spark3r_ros.backbone import Backbone, load_backbone
 from spark3r_ros.backbone.registry import MODELS
 from spark3r_ros.config import Config, parameters, with_values
+from spark3r_ros.device import choose_device
 from spark3r_ros.frame import CameraModel, Frame, FramePose, TrackingState, Update, WindowReport
-from spark3r_ros.reconstructor import Job, Reconstructor, choose_device
+from spark3r_ros.reconstructor import Job, Reconstructor
 from spark3r_ros.solver import Solver
 from spark3r_ros.sources import open_source
 from spark3r_ros.windows import Keyframe

@@ -253,7 +253,7 @@ def _probe(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from spark3r_ros.backbone import load_backbone
-    from spark3r_ros.reconstructor import choose_device
+    from spark3r_ros.device import choose_device
     from spark3r_ros.reduction.probe import plot, run_probe, sequence_from_frames
 
     config = build_config(options.set, options.model, options.device)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .config import ContextConfig
+from .device import send
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ class KVContext:
         last = first + len(tokens)
         key_layer.camera[first:last] = tokens
         windows = [self._window_of[i] for i in key_layer.ids] + [self._num_commits] * len(tokens)
-        return key_layer.camera[:last], torch.tensor(windows, device=tokens.device)
+        return key_layer.camera[:last], send(torch.tensor(windows), tokens.device)
 
     @torch.no_grad()
     def commit(self, frames: Sequence[int], ids: Sequence[int]) -> tuple[int, ...]:

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import torch
 from threadpoolctl import threadpool_limits
 
 from spark3r_ros import geometry, map_file
 from spark3r_ros.alignment import Link, View, align
 from spark3r_ros.backbone import Backbone, load_backbone
 from spark3r_ros.config import Config
+from spark3r_ros.device import choose_device
 from spark3r_ros.frame import (
     CameraModel,
     DepthImage,
@@ -898,12 +898,6 @@ class Reconstructor:
     @property
     def _model_name(self) -> str:
         return str(self._backbone.spec.name)
-
-
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def _dense_view(keyframe: Keyframe, rotation_sigma: float) -> DenseView:

@@ -55,7 +55,7 @@ def load_model(path: Path) -> Nano:
 
         model.load_state_dict(load_file(path))
     else:
-        model.load_state_dict(torch.load(path, weights_only=True)["mean"])
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["mean"])
     return model.eval()
 
 

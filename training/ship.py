@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--real", type=Path, nargs="*", default=[], help="folders of real sequences for the card")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    state = torch.load(args.checkpoint, weights_only=True)
+    state = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
     model = load_model(args.checkpoint)
     results = {split: evaluate(model, held_out(args.data, split, args.limit)) for split in ("held-out", "tame")}
     for split, table in results.items():

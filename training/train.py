@@ -1,10 +1,12 @@
-"""Train nano on the CPU: resumable, deterministic, logged.
+"""Train nano: resumable, deterministic, logged.
 
     python -m training.train --data DIR --out DIR --hours 2 --resume
+    python -m training.train --resume --device cuda --batch 128 --rate 2e-3 --hours 0.2 --cooldown 0.2
 
 Every step draws its data, augmentation and pass options from (seed, step), so a resumed run repeats an uninterrupted
 one bit by bit as long as the shards are the same. The learning rate stays constant after the warm-up, so training can
-always go on; evaluation uses an exponential mean of the weights, ``--cooldown STEPS`` ends a run with a falling rate.
+always go on; evaluation uses an exponential mean of the weights, ``--cooldown HOURS`` ends a run with a falling rate.
+On a GPU all shards are in its memory, and the rounding of its kernels depends on their order.
 """
 
 from __future__ import annotations
@@ -54,11 +56,12 @@ class TrainConfig:
 class Trainer:
     """Model, optimiser, mean weights and counters of one run."""
 
-    def __init__(self, config: TrainConfig, shards: list[Path]) -> None:
-        self.config = config
-        self.shards = [Shard(folder) for folder in shards]
+    def __init__(self, config: TrainConfig, shards: list[Path], device: str = "cpu") -> None:
+        self.config, self.device = config, device
+        self.shards: list[Shard] = []
+        self.use(shards)
         torch.manual_seed(config.seed)
-        self.model = Nano()
+        self.model = Nano().to(device)
         self.mean = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         decay = [p for p in self.model.parameters() if p.ndim >= 2]
         rest = [p for p in self.model.parameters() if p.ndim < 2]
@@ -69,11 +72,16 @@ class Trainer:
         self.first_step = 0  # of this optimiser: the rate warms up from here
         self.earlier: dict[str, str] = {}  # what the weights that this run began with have behind them
 
+    def use(self, shards: list[Path]) -> None:
+        """Train on these folders from now on; those in use already are not loaded again."""
+        known = {shard.folder: shard for shard in self.shards}
+        self.shards = [known.get(folder) or Shard(folder, self.device) for folder in shards]
+
     def train_step(self, cooldown: float = 1.0) -> dict[str, float]:
         """One optimiser step; ``cooldown`` in 0..1 scales the learning rate."""
         config, step = self.config, self.step
         rng = np.random.default_rng([config.seed, step])
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        generator = torch.Generator(self.device).manual_seed(config.seed * 1_000_003 + step)
         shard = self.shards[rng.integers(len(self.shards))]
         num_frames = int(rng.choice([2, 3, 4, 6, NUM_FRAMES], p=[0.05, 0.1, 0.15, 0.2, 0.5]))
         size = min(max(1, config.batch * NUM_FRAMES // num_frames), len(shard), 2 * config.batch)
@@ -91,7 +99,8 @@ class Trainer:
         self._update_mean()
         self.step += 1
         self.samples += size
-        return {name: value.item() for name, value in terms.items()} | {"loss": loss.item(), "norm": norm.item()}
+        terms |= {"loss": loss, "norm": norm}
+        return dict(zip(terms, torch.stack(list(terms.values())).tolist()))
 
     def loss_terms(self, batch: Batch, options: PassOptions, known: bool, solve: bool) -> dict[str, Tensor]:
         """Loss terms of the current weights on one batch."""
@@ -122,7 +131,7 @@ class Trainer:
 
     def start_from(self, path: Path) -> None:
         """Begin with the weights of a shipped file; steps, samples and hours are counted on from theirs."""
-        self.model.load_state_dict(load_file(path))
+        self.model.load_state_dict(load_file(path, device=self.device))
         self.mean = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         with safe_open(path, "pt") as file:
             self.earlier = dict(file.metadata())
@@ -131,7 +140,7 @@ class Trainer:
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint."""
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.mean = state["mean"]
         self.optimiser.load_state_dict(state["optimiser"])
@@ -164,7 +173,12 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=1.0, help="stop after so many hours of this call")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--init", type=Path, help="start from these weights (safetensors), the optimiser fresh")
-    parser.add_argument("--cooldown", type=int, default=0, metavar="STEPS", help="end after STEPS of a falling rate")
+    parser.add_argument("--cooldown", type=float, default=0.0, metavar="HOURS", help="the last of them, the rate falls")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--batch", type=int, default=TrainConfig.batch, help="sequences of 8 frames (default: %(default)s)"
+    )
+    parser.add_argument("--rate", type=float, default=TrainConfig.rate, help="learning rate (default: %(default)s)")
     parser.add_argument("--save-minutes", type=float, default=4.0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -173,7 +187,8 @@ def main() -> None:
     checkpoint = args.out / CHECKPOINT
     if checkpoint.exists() and not args.resume:
         parser.error(f"{checkpoint} exists; continue it with --resume or choose another --out")
-    trainer = Trainer(TrainConfig(), list_shards(args.data, "train"))
+    config = TrainConfig(batch=args.batch, rate=args.rate)
+    trainer = Trainer(config, list_shards(args.data, "train"), args.device)
     if checkpoint.exists():
         trainer.restore(checkpoint)
     elif args.init:
@@ -187,14 +202,13 @@ def run(trainer: Trainer, args: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())  # save before going
     begin = last = saved = time.monotonic()
     recent: list[dict[str, float]] = []
-    first_step = trainer.step
     while True:
-        done = (trainer.step + 1 - first_step) / args.cooldown if args.cooldown else 0.0
-        recent.append(trainer.train_step(1.0 - 0.98 * done))
+        left = args.hours - (time.monotonic() - begin) / 3600
+        recent.append(trainer.train_step(max(0.02, min(1.0, left / args.cooldown)) if args.cooldown else 1.0))
         now = time.monotonic()
         trainer.seconds += now - last
         last = now
-        finished = stop.is_set() or now - begin > args.hours * 3600 or done >= 1
+        finished = stop.is_set() or now - begin > args.hours * 3600
         if trainer.step % 25 == 0:
             line = {name: round(float(np.mean([r[name] for r in recent if name in r])), 5) for name in recent[-1]}
             head = {"step": trainer.step, "samples": trainer.samples, "hours": round(trainer.seconds / 3600, 4)}
@@ -205,7 +219,7 @@ def run(trainer: Trainer, args: argparse.Namespace) -> None:
         if finished or now - saved > args.save_minutes * 60:
             trainer.save(args.out / CHECKPOINT)
             saved = now
-            trainer.shards = [Shard(folder) for folder in list_shards(args.data, "train")]
+            trainer.use(list_shards(args.data, "train"))
         if finished:
             return
 

@@ -84,7 +84,7 @@ class Model(nn.Module):
 
 def T_from_R_t(R: Tensor, t: Tensor) -> Tensor:
     """[..., 3, 3] and [..., 3] to [..., 4, 4]."""
-    bottom = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=R.dtype, device=R.device).expand(*R.shape[:-2], 1, 4)
+    bottom = nn.functional.pad(R.new_ones(1), (3, 0)).expand(*R.shape[:-2], 1, 4)
     return torch.cat([torch.cat([R, t[..., None]], dim=-1), bottom], dim=-2)
 
 

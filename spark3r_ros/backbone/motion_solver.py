@@ -85,7 +85,8 @@ def solve_from_directions(
         offsets: [B, P] partner's place in time minus the frame's; 0: no partner.
         prior_sigma: of log inverse depth, whose prior mean is zero.
     """
-    directions = torch.cat([torch.eye(3), -torch.eye(3)]).to(points)  # [6, 3]
+    unit = torch.eye(3, dtype=points.dtype, device=points.device)
+    directions = torch.cat([unit, -unit])  # [6, 3]
     count = len(directions)
     t = -START_STEP * offsets[:, None, :, None] * directions[None, :, None]  # [B, 6, P, 3]
     sparse = torch.arange(grid[0] * grid[1], device=points.device).view(grid)[::2, ::2].flatten()
@@ -95,7 +96,7 @@ def solve_from_directions(
 
     few = (repeat(points[:, sparse]), repeat(targets[:, :, sparse]), repeat(weights[:, :, sparse]))
     mean = torch.zeros_like(few[0][..., 0])
-    still = torch.eye(3).to(points).expand(len(mean), offsets.shape[1], 3, 3)
+    still = unit.expand(len(mean), offsets.shape[1], 3, 3)
     tried = solve_motion(*few, mean, mean + prior_sigma, (still, t.flatten(0, 1)), 6)
     best = robust_cost(tried, few[2], mean, mean + prior_sigma).unflatten(0, (-1, count)).argmin(dim=1)
     rows = torch.arange(len(best), device=best.device) * count + best
@@ -148,7 +149,7 @@ def _solve_step(system: _System, t: Tensor, prior_pull: Tensor, certainty: Tenso
     weighted = system.J * system.w[..., None, None]
     across = weighted.flatten(2, 3).transpose(-1, -2)  # [B, P, 6, 2N]
     H, b = across @ J, (across @ residual.flatten(2)[..., None])[..., 0]  # [B, P, 6, 6], [B, P, 6]
-    prior = torch.tensor([TRANSLATION_SIGMA**-2] * 3 + [1.0] * 3, dtype=t.dtype, device=t.device)
+    prior = torch.nn.functional.pad(t.new_full((3,), TRANSLATION_SIGMA**-2), (0, 3), value=1.0)
     H = H + torch.diag_embed(1e-4 * H.diagonal(dim1=-2, dim2=-1) + prior)
     b = b - torch.nn.functional.pad(t, (0, 3)) * prior
     weighted_s = system.J_s * system.w[..., None]  # [B, P, N, 2]
@@ -160,6 +161,6 @@ def _solve_step(system: _System, t: Tensor, prior_pull: Tensor, certainty: Tenso
     blocks = full.unflatten(1, (num_partners, 6)).unflatten(3, (num_partners, 6))  # [B, P, 6, P, 6]
     blocks.diagonal(dim1=1, dim2=3).add_(H.permute(0, 2, 3, 1))
     right = b.flatten(1) - (scaled @ b_s[..., None])[..., 0]
-    step = torch.linalg.solve(full, right)
+    step = torch.linalg.solve_ex(full, right).result  # solve itself would wait for the device, to check
     depth_step = (b_s - (H_ps @ step[..., None])[..., 0]) / H_ss
     return step.unflatten(-1, (num_partners, 6)), depth_step

@@ -32,6 +32,7 @@ GUESSED_FOCAL = 0.87  # of the longer side: 60 degrees, where K is unknown
 FLOW_SIGMA, FLOW_SIGMA_PER_ERROR = 0.12, 0.7  # pixels; per pixel of forward-backward error (tuned on training scenes)
 MAX_FLOW_ERROR = 3.0  # pixels of forward-backward error; beyond, flow is not used
 DEPTH_SIGMA = 0.5  # of log depth before anything is known about the scene
+DEPTH_RANGE = 3.0  # of log depth to both sides of a frame's mean: no cell may outweigh those pooled with it
 CONFIDENCE_UNIT = 0.1  # confidence = 1 / (1 + expected error of log depth / this)
 MOTION_WIDTH = NUM_PARTNERS * (CHANNELS + 1) + 1  # per partner flow, error and offset in frames; first partner's grey
 FINGERPRINT = (12, 16)  # grey thumbnail by which context frames are recognised; integers, exact in bfloat16
@@ -79,18 +80,20 @@ class Observation:
 
 
 def pack_motion(channels: Tensor, grey: Tensor, num_previous: int) -> Tensor:
-    """The network's motion input [S, MOTION_WIDTH, h, w].
+    """The network's motion input [..., S, MOTION_WIDTH, h, w].
 
     Args:
-        channels: [S, 6, h, w] from ``motion_channels``.
-        grey: [num_previous + S, h, w] cell means of the images, 0..1.
+        channels: [..., S, 6, h, w] from ``motion_channels``.
+        grey: [..., num_previous + S, h, w] cell means of the images, 0..1.
         num_previous: frames before the first of the pass that are partners only.
     """
-    table = torch.from_numpy(partners(len(channels), num_previous))  # [S, 2]
-    own = torch.arange(len(channels)) + num_previous
-    offsets = torch.where(table >= 0, table - own[:, None], 0)[:, :, None, None].expand(-1, -1, *grey.shape[-2:])
-    before = grey[(own - 1).clamp_min(0)][:, None]  # of the frame before; unused where there is none
-    return torch.cat([channels, offsets.to(channels.dtype), before], dim=1)
+    num_frames = channels.shape[-4]
+    table = torch.from_numpy(partners(num_frames, num_previous))  # [S, 2]
+    own = torch.arange(num_frames) + num_previous
+    offsets = torch.where(table >= 0, table - own[:, None], 0).to(channels)[:, :, None, None]
+    offsets = offsets.expand(*channels.shape[:-3], -1, *grey.shape[-2:])
+    before = grey[..., (own - 1).clamp_min(0), None, :, :]  # of the frame before; unused where there is none
+    return torch.cat([channels, offsets, before], dim=-3)
 
 
 class Nano(Model):
@@ -133,12 +136,13 @@ class Nano(Model):
         height, width = images.shape[-2:]
         small = F.avg_pool2d(images.flatten(0, 1), RGB_STEP).unflatten(0, images.shape[:2])
         estimate = self.estimate(small, motion, intrinsics, options)
-        T_partner_frame = self.solve_again(estimate)
-        T_before_frame = in_gauge(T_partner_frame, estimate.log_unit)[:, :, 0]  # [B, S, 4, 4]
-        if options.context is None:
-            T_world_camera = chain(T_before_frame)
-        else:
-            T_world_camera = _anchor(options.context, T_before_frame, _grey(images[0]), motion[0, :, -1])
+        with full_precision(images):
+            T_partner_frame = self.solve_again(estimate)
+            T_before_frame = in_gauge(T_partner_frame, estimate.log_unit)[:, :, 0]  # [B, S, 4, 4]
+            if options.context is None:
+                T_world_camera = chain(T_before_frame)
+            else:
+                T_world_camera = _anchor(options.context, T_before_frame, _grey(images[0]), motion[0, :, -1])
         log_depth = (estimate.log_depth + estimate.log_unit[..., None, None]).float()
         log_depth = F.interpolate(log_depth, size=(height, width), mode="bilinear")
         logit = torch.log(torch.tensor(CONFIDENCE_UNIT)) - estimate.log_error.float()
@@ -161,7 +165,7 @@ class Nano(Model):
         known = intrinsics is not None
         K = _guess_K(height, width, small) if intrinsics is None else intrinsics
         K = K.expand(batch, num_frames, 3, 3).flatten(0, 1)
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(small):
             observed = observe(motion.flatten(0, 1), K)
             features = self._features(small.flatten(0, 1), motion.flatten(0, 1), observed, known)
         x = self.embed(features)  # [B * S, h * w / 36, C]
@@ -171,7 +175,8 @@ class Nano(Model):
         log_depth, log_error = self._dense(dense, observed, grid)
         camera = self.camera_head(tokens.special()[:, :, 0].flatten(0, 1)).float()  # [B * S, 15]
         step = camera[:, : 6 * NUM_PARTNERS].unflatten(1, (NUM_PARTNERS, 6))
-        T = T_from_R_t(so3_exp(step[..., 3:]) @ observed.first.R, observed.first.t + step[..., :3])
+        with full_precision(small):
+            T = T_from_R_t(so3_exp(step[..., 3:]) @ observed.first.R, observed.first.t + step[..., :3])
         if not known:
             K = _with_focal(K, camera[:, -3:-1])
 
@@ -192,7 +197,8 @@ class Nano(Model):
         rays = F.avg_pool2d(observed.points.transpose(1, 2).unflatten(2, observed.grid), PATCH // (CELL * POOL))
         local = torch.cat([rgb, cells, points, rays], dim=1).flatten(2).transpose(1, 2)  # [B * S, patches, C]
         offsets = motion[:, 3 * NUM_PARTNERS : 4 * NUM_PARTNERS, 0, 0]  # [B * S, 2]
-        angles = (first.R - first.R.transpose(-1, -2)).flatten(2)[..., [1, 2, 5]] * 2
+        twice = first.R - first.R.transpose(-1, -2)
+        angles = torch.cat([twice[..., 0, 1:], twice[..., 1, 2:]], dim=-1) * 2
         error = (
             (observed.weights.sqrt() * first.residual.norm(dim=-1) * (FLOW_SIGMA / 0.3))
             .clamp_max(5)
@@ -214,7 +220,7 @@ class Nano(Model):
         solved = F.interpolate(solved, size=size, mode="bilinear") * F.interpolate(gate, size=size, mode="bilinear")
         log_depth = maps[:, 0] + solved[:, 0]
         log_depth = log_depth - log_depth.mean(dim=(1, 2), keepdim=True)
-        return log_depth, maps[:, 1].clamp(-3, 3) - 1.5
+        return log_depth.clamp(-DEPTH_RANGE, DEPTH_RANGE), maps[:, 1].clamp(-3, 3) - 1.5
 
     def solve_again(self, estimate: Estimate, iterations: int = 5) -> Tensor:
         """T_partner_frame [B, S, 2, 4, 4] from flow with the network's estimate as start and depth prior."""
@@ -229,6 +235,11 @@ class Nano(Model):
         start = (T[..., :3, :3], T[..., :3, 3])
         solved = solve_motion(points, targets, weights, mean, (2.0 * error).clamp(0.03, 0.7), start, iterations)
         return T_from_R_t(solved.R, solved.t).unflatten(0, size)
+
+
+def full_precision(like: Tensor) -> torch.autocast:
+    """Autocast off: geometry in bfloat16 (3 digits) doubles the error of rotations and loses that of translations."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def observe(motion: Tensor, K: Tensor) -> Observation:
@@ -274,9 +285,10 @@ def _cell_features(motion: Tensor, K: Tensor, R: Tensor) -> Tensor:
 
 
 def _guess_K(height: int, width: int, like: Tensor) -> Tensor:
-    focal = GUESSED_FOCAL * max(height, width)
-    rows = [[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]]
-    return torch.tensor(rows, dtype=like.dtype, device=like.device)
+    K = torch.eye(3, dtype=like.dtype, device=like.device)
+    K[0, 0] = K[1, 1] = GUESSED_FOCAL * max(height, width)
+    K[0, 2], K[1, 2] = (width - 1) / 2, (height - 1) / 2
+    return K
 
 
 def _with_focal(K: Tensor, log_factors: Tensor) -> Tensor:
@@ -302,8 +314,8 @@ def chain(T_before_frame: Tensor) -> Tensor:
 
 def _grey(images: Tensor) -> Tensor:
     """Cell means [S, h, w] of the luminance of images [S, 3, H, W]."""
-    luma = images.new_tensor([0.299, 0.587, 0.114])
-    return F.avg_pool2d(torch.einsum("schw,c->shw", images, luma)[:, None], CELL)[:, 0]
+    red, green, blue = images.unbind(1)
+    return F.avg_pool2d((0.299 * red + 0.587 * green + 0.114 * blue)[:, None], CELL)[:, 0]
 
 
 def _fingerprint(grey: Tensor) -> Tensor:

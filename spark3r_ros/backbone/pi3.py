@@ -15,7 +15,7 @@ from spark3r_ros.backbone.blocks import Block, Mlp
 from spark3r_ros.backbone.checkpoint import KeyMap, special_tokens
 from spark3r_ros.backbone.encoder import Encoder, EncoderSpec
 from spark3r_ros.backbone.heads import in_chunks, place_grid
-from spark3r_ros.backbone.model import Geometry, Model, ModelSpec, T_from_R_t
+from spark3r_ros.backbone.model import Geometry, Model, ModelSpec, T_from_R_t, matrix_from_quat_xyzw
 from spark3r_ros.backbone.trunk import DENSE, FRAME, GLOBAL, PassOptions, Tokens, Trunk, TrunkSpec, describe
 from spark3r_ros.frame import Gauge
 from spark3r_ros.preprocess import ResizeRule
@@ -30,6 +30,7 @@ SPEC = ModelSpec(
     sensitive=frozenset(range(11, 17)),
     encoder_depth=24,
 )  # fmt: skip
+SQUARINGS = 27  # of nearest_rotation: eigenvalues that are 1e-7 apart are still told from each other
 RENAMES = (
     (r"^encoder\.patch_embed\.proj\.", "encoder.proj."),
     (r"^encoder\.register_tokens", "encoder.registers"),
@@ -113,11 +114,29 @@ class PoseHead(nn.Module):
 
 
 def nearest_rotation(M: Tensor) -> Tensor:
-    """Rotation closest to each [..., 3, 3] (orthogonal Procrustes)."""
-    U, _, Vt = torch.linalg.svd(M)
-    sign = torch.ones_like(M[..., 0])
-    sign[..., 2] = torch.linalg.det(U @ Vt)
-    return (U * sign[..., None, :]) @ Vt
+    """Rotation closest to each [..., 3, 3] (orthogonal Procrustes).
+
+    By Davenport's q-method: its quaternion is the first eigenvector of a symmetric matrix, to which repeated squares of
+    that matrix tend. A singular value decomposition would wait for the device.
+    """
+    m = M.double()
+    x, y, z = m.diagonal(dim1=-2, dim2=-1).unbind(-1)
+    xy, xz, yz = (m[..., i, j] + m[..., j, i] for i, j in ((0, 1), (0, 2), (1, 2)))
+    xw, yw, zw = (m[..., i, j] - m[..., j, i] for i, j in ((2, 1), (0, 2), (1, 0)))
+    rows = [
+        x - y - z, xy, xz, xw,
+        xy, y - x - z, yz, yw,
+        xz, yz, z - x - y, zw,
+        xw, yw, zw, x + y + z,
+    ]  # fmt: skip
+    square = torch.stack(rows, dim=-1).unflatten(-1, (4, 4))
+    unit = torch.eye(4, dtype=m.dtype, device=m.device)
+    square = square + square.flatten(-2).norm(dim=-1)[..., None, None] * unit  # the first is now the largest, too
+    for _ in range(SQUARINGS):
+        square = square / square.flatten(-2).norm(dim=-1)[..., None, None]
+        square = square @ square
+    longest = square.diagonal(dim1=-2, dim2=-1).argmax(dim=-1)[..., None, None].expand(*m.shape[:-2], 4, 1)
+    return matrix_from_quat_xyzw(square.gather(-1, longest)[..., 0]).to(M)
 
 
 class Pi3(Model):
@@ -205,9 +224,10 @@ def fit_intrinsics(xyz: Tensor, weight: Tensor) -> Tensor:
     """
     height, width = xyz.shape[-3:-1]
     rays = xyz[..., :2] / xyz[..., 2:]
-    v, u = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    centre = torch.tensor([width / 2, height / 2])
-    offset = (torch.stack([u, v], dim=-1) + 0.5 - centre).to(rays)  # [H, W, 2] from the centre, of pixel centres
+    u = torch.arange(width, device=rays.device) + 0.5 - width / 2
+    v = torch.arange(height, device=rays.device) + 0.5 - height / 2
+    # [H, W, 2] from the centre, of pixel centres
+    offset = torch.stack(torch.meshgrid(u, v, indexing="xy"), dim=-1).to(rays)
     w = weight[..., None]
     focal = (w * rays * offset).sum(dim=(-3, -2)) / (w * rays * rays).sum(dim=(-3, -2))  # [..., 2]
     K = torch.zeros(*focal.shape[:-1], 3, 3, device=xyz.device, dtype=xyz.dtype)

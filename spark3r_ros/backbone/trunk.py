@@ -204,11 +204,12 @@ class _Run:
             start = reference if isinstance(reference, Tensor) else None
             reduction = ForwardReduction(options.reduction, layout, spec.num_global, options.sensitive, x.device, start)
         rope = None if rope is None else rope.repeat(num_frames)
-        mask = None if options.window_ids is None else block_causal(options.window_ids, num_tokens)
+        ids = None if options.window_ids is None else options.window_ids.to(x.device)
+        mask = None if ids is None else block_causal(ids, num_tokens)
         self.full = GlobalPass(num_frames, rope, reduction, options.context, mask)
         if REGISTER in spec.kinds:
             assert rope is None, "register layers attend without rotation"
-            mask = None if options.window_ids is None else block_causal(options.window_ids, spec.num_special)
+            mask = None if ids is None else block_causal(ids, spec.num_special)
             self.register = GlobalPass(num_frames, None, None, options.context, mask)
 
     def across_frames(self, block: Block, x: Tensor, kind: str, layer: int) -> Tensor:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spark3r_ros.device import send
 from spark3r_ros.reduction.schedule import check_factor
 
 # Similarities are computed for so many source-destination pairs at a time: bounds the memory of matching.
@@ -122,8 +123,9 @@ def query_groups(layout: TokenLayout, factor: int, group_size: int, device: torc
             chosen = (shapes == shape).all(dim=1)[group]  # [S]
             source = _patch_tokens(layout, positions[chosen & is_source].view(-1, int(shape[0])))
             destination = _patch_tokens(layout, positions[chosen & ~is_source].view(-1, int(shape[1])))
-            batches.append(GroupBatch(source.to(device), destination.to(device), own_row[destination].to(device)))
-    return QueryGroups(int((~merges).sum()), own_row.to(device), tuple(batches))
+            tables = (source, destination, own_row[destination])
+            batches.append(GroupBatch(*(send(table, device) for table in tables)))
+    return QueryGroups(int((~merges).sum()), send(own_row, device), tuple(batches))
 
 
 def _patch_tokens(layout: TokenLayout, frames: Tensor) -> Tensor:
@@ -234,7 +236,7 @@ def farthest_frames(x: Tensor, layout: TokenLayout, count: int, start: Tensor | 
     descriptor = torch.nn.functional.normalize(tokens.float().mean(dim=1), dim=-1)  # [S, C]
     if start is None:
         first = layout.temporal_positions()[0] if layout.reference is None else layout.reference
-        start = torch.tensor(first, device=x.device)
+        start = torch.full((), first, device=x.device)
     chosen = [start[None]]  # each [1]: an index without a dimension would be read back
     nearest = torch.full((layout.num_frames,), -math.inf, device=x.device)  # [S] similarity to the nearest chosen frame
     for _ in range(1, count):
@@ -252,7 +254,7 @@ def plan_keys(
     With ``keep_special`` every special token stays while each kept patch stands for S / len(frames) patches, so special
     tokens get the logit bias -log(S / len(frames)): on inputs whose frames repeat this equals dense attention.
     """
-    kept = torch.as_tensor(frames, device=device)  # [K]
+    kept = frames if isinstance(frames, Tensor) else send(torch.tensor(frames), device)  # [K]
     index = _frame_tokens(layout, kept, layout.tokens_per_frame)
     if not keep_special or layout.num_special == 0:
         return KeyPlan(index[None], frames)
@@ -275,7 +277,7 @@ def turn_keys(plan: KeyPlan, layout: TokenLayout, start: Tensor) -> KeyPlan:
     So a reference frame that only the device knows takes the place of frame 0, and every shape is known beforehand.
     """
     index = (plan.index + start * layout.tokens_per_frame) % layout.num_tokens
-    frames = torch.as_tensor(plan.frames, device=start.device)
+    frames = plan.frames if isinstance(plan.frames, Tensor) else send(torch.tensor(plan.frames), start.device)
     return replace(plan, index=index, frames=(frames + start) % layout.num_frames)
 
 

@@ -57,9 +57,10 @@ def test_a_run_saves_logs_and_plots(shards, tmp_path):
     from argparse import Namespace
 
     trainer = Trainer(TrainConfig(batch=1), list_shards(shards, "train"))
-    trainer.step = 23
-    run(trainer, Namespace(hours=1.0, cooldown=2, save_minutes=60.0, out=tmp_path, data=shards))
+    trainer.step = 24
+    run(trainer, Namespace(hours=1e-9, cooldown=1.0, save_minutes=60.0, out=tmp_path, data=shards))
     assert trainer.step == 25
+    assert {group["lr"] for group in trainer.optimiser.param_groups} == {0.02 * trainer.config.rate * 25 / 200}
     assert (tmp_path / CHECKPOINT).exists()
     assert plot(tmp_path).stat().st_size > 1000
 
