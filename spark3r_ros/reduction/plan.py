@@ -254,7 +254,7 @@ def plan_keys(
     With ``keep_special`` every special token stays while each kept patch stands for S / len(frames) patches, so special
     tokens get the logit bias -log(S / len(frames)): on inputs whose frames repeat this equals dense attention.
     """
-    kept = frames if isinstance(frames, Tensor) else send(torch.tensor(frames), device)  # [K]
+    kept = _on_device(frames, device)  # [K]
     index = _frame_tokens(layout, kept, layout.tokens_per_frame)
     if not keep_special or layout.num_special == 0:
         return KeyPlan(index[None], frames)
@@ -264,6 +264,10 @@ def plan_keys(
     is_special = index % layout.tokens_per_frame < layout.num_special
     bias = torch.where(is_special, -math.log(layout.num_frames / len(kept)), 0.0)
     return KeyPlan(index[None], frames, bias)
+
+
+def _on_device(frames: Sequence[int] | Tensor, device: torch.device | str) -> Tensor:
+    return frames if isinstance(frames, Tensor) else send(torch.tensor(frames), device)
 
 
 def _frame_tokens(layout: TokenLayout, frames: Tensor, count: int) -> Tensor:
@@ -277,8 +281,7 @@ def turn_keys(plan: KeyPlan, layout: TokenLayout, start: Tensor) -> KeyPlan:
     So a reference frame that only the device knows takes the place of frame 0, and every shape is known beforehand.
     """
     index = (plan.index + start * layout.tokens_per_frame) % layout.num_tokens
-    frames = plan.frames if isinstance(plan.frames, Tensor) else send(torch.tensor(plan.frames), start.device)
-    return replace(plan, index=index, frames=(frames + start) % layout.num_frames)
+    return replace(plan, index=index, frames=(_on_device(plan.frames, start.device) + start) % layout.num_frames)
 
 
 def turn_groups(groups: QueryGroups, layout: TokenLayout, start: Tensor) -> QueryGroups:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import forward
 from benchmarks import reduction as benchmark
 from benchmarks.reduction import (
     METHODS,
@@ -72,3 +73,9 @@ def test_the_run_ends_with_a_table_a_picture_and_json(
     assert [(m["num_frames"], m["method"]) for m in report["results"]] == [(21, "dense"), (21, "spark3r")]
     assert all(m["cpu"] > 0 and m["memory_mb"] >= 0 and not m["composed"] for m in report["results"])
     assert (tmp_path / "nano.png").stat().st_size > 10_000
+
+
+def test_whole_models_are_timed_dense_reduced_and_with_a_context():
+    rows = forward.measure("nano", [2], "cpu")
+    assert [(row.frames, row.method) for row in rows] == [(2, "dense"), (2, "spark3r"), (8, "with context")]
+    assert all(row.seconds > 0 for row in rows)
