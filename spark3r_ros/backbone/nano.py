@@ -23,6 +23,7 @@ from spark3r_ros.backbone.motion import CELL, CHANNELS, NUM_PARTNERS, motion_cha
 from spark3r_ros.backbone.motion_solver import Motion, so3_exp, solve_from_directions, solve_motion
 from spark3r_ros.backbone.trunk import DENSE, FRAME, GLOBAL, PassOptions, Tokens, Trunk, TrunkSpec
 from spark3r_ros.context import KVContext
+from spark3r_ros.device import send
 from spark3r_ros.preprocess import ResizeRule
 
 PATCH = 24
@@ -285,10 +286,9 @@ def _cell_features(motion: Tensor, K: Tensor, R: Tensor) -> Tensor:
 
 
 def _guess_K(height: int, width: int, like: Tensor) -> Tensor:
-    K = torch.eye(3, dtype=like.dtype, device=like.device)
-    K[0, 0] = K[1, 1] = GUESSED_FOCAL * max(height, width)
-    K[0, 2], K[1, 2] = (width - 1) / 2, (height - 1) / 2
-    return K
+    focal = GUESSED_FOCAL * max(height, width)
+    rows = [[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]]
+    return send(torch.tensor(rows, dtype=like.dtype, device="cpu"), like.device)
 
 
 def _with_focal(K: Tensor, log_factors: Tensor) -> Tensor:

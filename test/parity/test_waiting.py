@@ -37,7 +37,7 @@ def is_meta(x):
 
 
 class NoTables(TorchFunctionMode):
-    """Tensors made of Python's numbers right on the device, and lists as an index, are copies that wait."""
+    """Numbers of Python made a tensor on the device or written into an element, and lists as index: copies that wait."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -50,6 +50,8 @@ class NoTables(TorchFunctionMode):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             if any(isinstance(part, list) for part in index):
                 raise WaitsError(f"a list as index: {index}")
+            if func is torch.Tensor.__setitem__ and not isinstance(args[2], torch.Tensor) and args[0][index].ndim == 0:
+                raise WaitsError(f"a number written into an element: {args[2]}")
         return func(*args, **kwargs)
 
 
@@ -106,6 +108,7 @@ def test_the_check_works():
         lambda: torch.zeros(3).to("meta"),
         lambda: device.new_tensor([1.0]),
         lambda: device[[0, 1]],
+        lambda: device.__setitem__((0, 0), 1.0),
         lambda: device[torch.tensor([0, 1])],
     ):
         with pytest.raises(WaitsError), no_waiting():
