@@ -37,7 +37,7 @@ def is_meta(x):
 
 
 class NoTables(TorchFunctionMode):
-    """Numbers of Python made a tensor on the device or written into an element, and lists as index: copies that wait."""
+    """Numbers of Python made a tensor on the device or written into an element, and lists as index: these wait."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
