@@ -49,6 +49,11 @@ class Shard:
     def __len__(self) -> int:
         return len(self.arrays["K"])
 
+    @property
+    def num_frames(self) -> int:
+        """Of every sequence."""
+        return int(self.arrays["T_world_camera"].shape[1])
+
     def batch(self, rows: np.ndarray, num_frames: int) -> Batch:
         """The first ``num_frames`` frames of some sequences."""
         chosen = torch.from_numpy(np.sort(rows)).to(self.arrays["K"].device)

@@ -32,11 +32,21 @@ from spark3r_ros.backbone.trunk import PassOptions
 from spark3r_ros.config import ReductionConfig
 from spark3r_ros.geometry import inverse, make_T, matrix_from_quat_xyzw, rotation_angle, transform, umeyama
 from training.data import Batch, Shard, list_shards
-from training.generate import DEFAULT_DATA, scaled
+from training.generate import DEFAULT_DATA, NUM_FRAMES_LONG, scaled
 
 SHIPPED = Path(__file__).resolve().parents[1] / "spark3r_ros" / "weights" / "nano.safetensors"
 MOVING = 0.01  # of the depth: below, a step has no direction
-WINDOW_IDS = (0, 0, 0, 0, 1, 1, 2, 2)  # of the block-causal evaluation
+WINDOW_IDS = (
+    0,
+    0,
+    0,
+    0,
+    1,
+    1,
+    2,
+    2,
+    *(3 + i // 4 for i in range(NUM_FRAMES_LONG - 8)),
+)  # of the block-causal evaluation
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +149,7 @@ def held_out(root: Path, split: str, limit: int) -> Iterator[Batch]:
         shard = Shard(folder)
         rows = np.arange(min(limit, len(shard)))
         for part in np.array_split(rows, max(1, len(rows) // 16)):
-            yield shard.batch(part, shard.arrays["T_world_camera"].shape[1])
+            yield shard.batch(part, shard.num_frames)
 
 
 def real_windows(folder: Path, stride: int, num_frames: int = 8) -> Iterator[Batch]:

@@ -24,11 +24,12 @@ from spark3r_ros.geometry import inverse, make_T, project, so3_exp, transform, u
 from training.scenes import Scene
 from training.textures import texture_bank
 
-NUM_FRAMES = 8
+NUM_FRAMES, NUM_FRAMES_LONG = 8, 24
 SIZES = ((144, 192), (144, 192), (144, 192), (120, 216), (192, 144), (168, 168))  # of shards in turn, all / 24
 OVERSAMPLING = 1.5
-SPLITS = {"train": 0, "held-out": 1, "tame": 2}
+SPLITS = {"train": 0, "held-out": 1, "tame": 2, "long": 3, "held-out-long": 4}
 RGB_STEP = 2  # stored images are this much smaller than those that flow is computed on
+TRAINED = ("train", "long")
 MIN_OVERLAP = 0.3  # share of a frame that must be seen by its neighbour
 MIN_RELIEF = 0.2  # standard deviation of log depth at the start ...
 FLAT_SHARE = 0.2  # ... except in this share of the sequences
@@ -48,8 +49,15 @@ class Sequence:
     K: np.ndarray  # [3, 3] float32, pixels of H x W
 
 
-def sample_motion(rng: np.random.Generator, T_start: np.ndarray, distance: float, tame: bool) -> np.ndarray:
-    """Poses [NUM_FRAMES, 4, 4] of a random kind of motion from T_start, ``distance`` being a typical depth ahead."""
+def length(split: str) -> int:
+    """Frames of every sequence of a split."""
+    return NUM_FRAMES_LONG if split.endswith("long") else NUM_FRAMES
+
+
+def sample_motion(
+    rng: np.random.Generator, T_start: np.ndarray, distance: float, num_frames: int, tame: bool
+) -> np.ndarray:
+    """Poses [num_frames, 4, 4] of a random kind of motion from T_start, ``distance`` being a typical depth ahead."""
     kind = rng.choice(KINDS, p=KIND_SHARES)
     top = 3.0 if tame else (30.0 if rng.random() < 0.12 else 12.0)
     turn = np.radians(np.exp(rng.uniform(np.log(0.2), np.log(top))))  # per frame
@@ -69,7 +77,7 @@ def sample_motion(rng: np.random.Generator, T_start: np.ndarray, distance: float
     elif kind == "drive":
         heading, axis = np.array([0, 0, 1.0]), _unit(np.array([0.05, 1.0, 0.02]) * rng.choice([-1, 1]))
     poses, drift_w, drift_t = [T_start], np.zeros(3), np.zeros(3)
-    for _ in range(NUM_FRAMES - 1):
+    for _ in range(num_frames - 1):
         drift_w = 0.6 * drift_w + unsteady * turn * rng.normal(0, 0.5, 3)
         drift_t = 0.6 * drift_t + unsteady * step * rng.normal(0, 0.5, 3)
         if kind == "orbit":  # about a point ahead
@@ -79,8 +87,8 @@ def sample_motion(rng: np.random.Generator, T_start: np.ndarray, distance: float
         else:
             T_step = make_T(so3_exp(turn * axis + drift_w), step * heading + drift_t)
         poses.append(poses[-1] @ T_step)
-    shakes = so3_exp(shake * rng.normal(0, 1, (NUM_FRAMES, 3)))
-    return np.stack(poses) @ make_T(shakes, np.zeros((NUM_FRAMES, 3)))
+    shakes = so3_exp(shake * rng.normal(0, 1, (num_frames, 3)))
+    return np.stack(poses) @ make_T(shakes, np.zeros((num_frames, 3)))
 
 
 def sample_start(rng: np.random.Generator, scene: Scene, tame: bool) -> np.ndarray:
@@ -174,7 +182,7 @@ def _unit(v: np.ndarray) -> np.ndarray:
 
 
 def sample_trajectory(
-    rng: np.random.Generator, scene: Scene, K: np.ndarray, height: int, width: int, tame: bool
+    rng: np.random.Generator, scene: Scene, K: np.ndarray, height: int, width: int, num_frames: int, tame: bool
 ) -> np.ndarray:
     """Poses [S, 4, 4] that stay free of walls and whose neighbours overlap."""
     small = (height // 8, width // 8)
@@ -185,13 +193,13 @@ def sample_trajectory(
         depth = scene.render(T_start, K_small, small[1], small[0])[1]
         if np.log(depth).std() < relief:
             continue
-        poses = sample_motion(rng, T_start, float(np.median(depth)), tame)
+        poses = sample_motion(rng, T_start, float(np.median(depth)), num_frames, tame)
         if scene.clearance(poses[:, :3, 3]).min() < 0.1:
             continue
         shares = []
-        for i in range(NUM_FRAMES):
+        for i in range(num_frames):
             depth = scene.render(poses[i], K_small, small[1], small[0])[1]
-            neighbours = [j for j in (i - 1, i + 1) if 0 <= j < NUM_FRAMES]
+            neighbours = [j for j in (i - 1, i + 1) if 0 <= j < num_frames]
             shares += [overlap(depth, K_small, inverse(poses[j]) @ poses[i]) for j in neighbours]
             if np.median(depth) < 0.25:
                 shares.append(0.0)
@@ -199,12 +207,14 @@ def sample_trajectory(
             return poses
 
 
-def make_sequence(seed: list[int], height: int, width: int, textures: np.ndarray, tame: bool = False) -> Sequence:
+def make_sequence(
+    seed: list[int], height: int, width: int, textures: np.ndarray, num_frames: int = NUM_FRAMES, tame: bool = False
+) -> Sequence:
     """One sequence; the same for the same arguments."""
     rng = np.random.default_rng(seed)
     scene = Scene(int(rng.integers(2**31)), "room" if rng.random() < 0.25 else "clutter", textures)
     K, distortion = sample_camera(rng, height, width)
-    poses = sample_trajectory(rng, scene, K, height, width, tame)
+    poses = sample_trajectory(rng, scene, K, height, width, num_frames, tame)
     effects = Effects(rng, height, width)
     fine = (int(height * OVERSAMPLING), int(width * OVERSAMPLING))
     K_fine = scaled(K, OVERSAMPLING)
@@ -242,9 +252,9 @@ def write_shard(root: Path, split: str, index: int, count: int) -> Path:
     if folder.exists():
         return folder
     height, width = SIZES[index % len(SIZES)]
-    textures = texture_bank(96, 1000 * SPLITS[split] + 7919 * (index + 1), photos=split == "train")
-    tame = split == "tame"
-    samples = [make_sequence([SPLITS[split], index, i], height, width, textures, tame) for i in range(count)]
+    textures = texture_bank(96, 1000 * SPLITS[split] + 7919 * (index + 1), photos=split in TRAINED)
+    form = (height, width, textures, length(split), split == "tame")
+    samples = [make_sequence([SPLITS[split], index, i], *form) for i in range(count)]
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)

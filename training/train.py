@@ -51,6 +51,7 @@ class TrainConfig:
     mean_decay: float = 0.995
     solve_from: int = 0  # step from which poses are also trained through the second solve
     known_k: float = 0.75  # share of the steps with known K
+    long_share: float = 0.35  # of the steps, where there are long sequences
 
 
 class Trainer:
@@ -58,7 +59,8 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, shards: list[Path], device: str = "cpu") -> None:
         self.config, self.device = config, device
-        self.shards: list[Shard] = []
+        self.shards: list[Shard] = []  # of short sequences
+        self.long: list[Shard] = []
         self.use(shards)
         torch.manual_seed(config.seed)
         self.model = Nano().to(device)
@@ -74,16 +76,22 @@ class Trainer:
 
     def use(self, shards: list[Path]) -> None:
         """Train on these folders from now on; those in use already are not loaded again."""
-        known = {shard.folder: shard for shard in self.shards}
-        self.shards = [known.get(folder) or Shard(folder, self.device) for folder in shards]
+        known = {shard.folder: shard for shard in (*self.shards, *self.long)}
+        both = [known.get(folder) or Shard(folder, self.device) for folder in shards]
+        self.shards = [shard for shard in both if shard.num_frames == NUM_FRAMES]
+        self.long = [shard for shard in both if shard.num_frames > NUM_FRAMES]
 
     def train_step(self, cooldown: float = 1.0) -> dict[str, float]:
         """One optimiser step; ``cooldown`` in 0..1 scales the learning rate."""
         config, step = self.config, self.step
         rng = np.random.default_rng([config.seed, step])
         generator = torch.Generator(self.device).manual_seed(config.seed * 1_000_003 + step)
-        shard = self.shards[rng.integers(len(self.shards))]
-        num_frames = int(rng.choice([2, 3, 4, 6, NUM_FRAMES], p=[0.05, 0.1, 0.15, 0.2, 0.5]))
+        long = bool(self.long) and rng.random() < config.long_share
+        shards = self.long if long else self.shards
+        shard = shards[rng.integers(len(shards))]
+        whole = shard.num_frames
+        lengths = (whole // 2, 2 * whole // 3, whole) if long else (2, 3, 4, 6, whole)
+        num_frames = int(rng.choice(lengths, p=(0.3, 0.3, 0.4) if long else (0.05, 0.1, 0.15, 0.2, 0.5)))
         size = min(max(1, config.batch * NUM_FRAMES // num_frames), len(shard), 2 * config.batch)
         batch = augment(shard.batch(rng.choice(len(shard), size, replace=False), num_frames), generator)
         known = bool(rng.random() < config.known_k)
@@ -123,7 +131,7 @@ class Trainer:
         state = {
             "config": vars(self.config), "model": self.model.state_dict(), "mean": self.mean,
             "optimiser": self.optimiser.state_dict(), "step": self.step, "samples": self.samples,
-            "seconds": self.seconds, "sequences": sum(len(s) for s in self.shards),
+            "seconds": self.seconds, "sequences": sum(len(s) for s in (*self.shards, *self.long)),
             "first_step": self.first_step, "earlier": self.earlier,
         }  # fmt: skip
         torch.save(state, scratch)
@@ -148,16 +156,23 @@ class Trainer:
         self.first_step, self.earlier = state["first_step"], state["earlier"]
 
 
+def find_shards(root: Path) -> list[Path]:
+    """What there is to train on: short sequences, and long ones where they have been made."""
+    long = list_shards(root, "long") if (root / "long").exists() else []
+    return list_shards(root, "train") + long
+
+
 def pass_options(rng: np.random.Generator, num_frames: int) -> PassOptions:
     """How this step's pass runs: dense, block-causal windows (as with a context) or token reduction."""
     draw = rng.random()
-    if draw < 0.35 and num_frames > 3:
-        first = int(rng.integers(3, num_frames))
+    long = num_frames > NUM_FRAMES
+    if draw < (0.8 if long else 0.35) and num_frames > 3:
+        first = int(rng.integers(3, min(num_frames, NUM_FRAMES + 1) if long else num_frames))
         ids = [0] * first
         while len(ids) < num_frames:
-            ids += [ids[-1] + 1] * int(rng.integers(1, 4))
+            ids += [ids[-1] + 1] * int(rng.integers(1, 7 if long else 4))
         return PassOptions(window_ids=torch.tensor(ids[:num_frames]))
-    if draw < 0.5:
+    if draw < (0.9 if long else 0.5):
         reduction = ReductionConfig(
             query_factor=int(rng.integers(1, 3)), kv_factor=int(rng.integers(1, 3)),
             insensitive_multiplier=int(rng.integers(1, 4)), group_size=20,
@@ -188,7 +203,7 @@ def main() -> None:
     if checkpoint.exists() and not args.resume:
         parser.error(f"{checkpoint} exists; continue it with --resume or choose another --out")
     config = TrainConfig(batch=args.batch, rate=args.rate)
-    trainer = Trainer(config, list_shards(args.data, "train"), args.device)
+    trainer = Trainer(config, find_shards(args.data), args.device)
     if checkpoint.exists():
         trainer.restore(checkpoint)
     elif args.init:
@@ -219,7 +234,7 @@ def run(trainer: Trainer, args: argparse.Namespace) -> None:
         if finished or now - saved > args.save_minutes * 60:
             trainer.save(args.out / CHECKPOINT)
             saved = now
-            trainer.use(list_shards(args.data, "train"))
+            trainer.use(find_shards(args.data))
         if finished:
             return
 

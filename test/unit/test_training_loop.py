@@ -1,5 +1,6 @@
 """Training: data repeat, steps resume bit by bit, mirrored data stay true, controls score as they must."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from training.evaluate import control_answers, score
 from training.losses import losses, pose_losses, total, truth_in_units
 from training.plot import plot
 from training.ship import beats_controls, beats_shipped
-from training.train import CHECKPOINT, TrainConfig, Trainer, run
+from training.train import CHECKPOINT, TrainConfig, Trainer, find_shards, pass_options, run
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,30 @@ def test_a_run_saves_logs_and_plots(shards, tmp_path):
     assert {group["lr"] for group in trainer.optimiser.param_groups} == {0.02 * trainer.config.rate * 25 / 200}
     assert (tmp_path / CHECKPOINT).exists()
     assert plot(tmp_path).stat().st_size > 1000
+
+
+def test_long_sequences_are_trained_too(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "SIZES", ((48, 72),))
+    monkeypatch.setattr(generate, "NUM_FRAMES_LONG", 12)
+    few = generate.texture_bank
+    monkeypatch.setattr(generate, "texture_bank", lambda count, seed, photos: few(6, seed, photos))
+    shutil.copytree(shards / "train", tmp_path / "train")
+    assert len(find_shards(tmp_path)) == 1
+    generate.write_shard(tmp_path, "long", 0, 2)
+    trainer = Trainer(TrainConfig(batch=2, long_share=1.0), find_shards(tmp_path))
+    assert [len(trainer.shards), len(trainer.long)] == [1, 1]
+    lengths = []
+    monkeypatch.setattr(Shard, "batch", lambda self, rows, n, get=Shard.batch: lengths.append(n) or get(self, rows, n))
+    for _ in range(3):
+        assert np.isfinite(trainer.train_step()["loss"])
+    assert set(lengths) <= {6, 8, 12}
+
+
+def test_windows_of_long_sequences_are_as_long_as_those_of_a_stream():
+    ids = [pass_options(np.random.default_rng(seed), 24).window_ids for seed in range(40)]
+    windows = [torch.bincount(each) for each in ids if each is not None]
+    assert len(windows) > 25
+    assert all(3 <= sizes[0] <= 8 and max(sizes[1:]) <= 6 for sizes in windows)
 
 
 def test_training_lowers_the_loss(shards):
