@@ -209,7 +209,7 @@ def ablation(options: argparse.Namespace, config: Config, backbone: Backbone) ->
     """One change at a time, on every sequence."""
     sequences = [recorded(Path(p)) for p in options.sequences]
     if options.circuit:
-        sequences.append(circuit(options.circuit, 1.05, (320, 240), options.seed))
+        sequences.append(circuit(options.circuit, options.rounds, (320, 240), options.seed))
     rows: dict[str, Any] = {}
     for name in options.variants or VARIANTS:
         for sequence in sequences:

@@ -160,15 +160,8 @@ class LoopCloser:
         for seen in sorted(sightings, key=lambda s: -s.num_inliers):
             first = keyframes[seen.place.keyframe_id]
             edge = loop_edge(first.id, query.id, seen.S_place_query, query.median_depth * float(np.exp(seen.log_scale)))
-            ends = first.S_map_keyframe, query.S_map_keyframe
-            believed = np.isfinite(seen.scale_spread) and (
-                unconnected_from is not None
-                or (
-                    is_plausible(edge, *ends, query.travelled - first.travelled, self.config)
-                    and self._is_believed(edge, keyframes)
-                )
-            )
-            if believed:
+            tells_scale = np.isfinite(seen.scale_spread)
+            if tells_scale and (unconnected_from is not None or self._is_believed(edge, keyframes)):
                 self._take(edge, keyframes)
                 return edge
             self.num_refused += 1
@@ -179,10 +172,14 @@ class LoopCloser:
 
         A pattern that repeats looks like the same place: so well that nothing in the two images tells it.
         """
+        first, second = keyframes[loop.first], keyframes[loop.second]
+        ends = first.S_map_keyframe, second.S_map_keyframe
+        if not is_plausible(loop, *ends, second.travelled - first.travelled, self.config):
+            return False
         gathered = self._gathered(loop.first, loop.second, keyframes)
         if gathered is None:
             return True
-        off = sigmas_off(loop, keyframes[loop.first].S_map_keyframe, keyframes[loop.second].S_map_keyframe, gathered)
+        off = sigmas_off(loop, *ends, gathered)
         if off <= self.DOUBTFUL:
             return True
         confirmed = [held for held in self._held if self._agree(held, loop, keyframes)]
