@@ -91,7 +91,8 @@ def main() -> None:
     torch.set_num_threads(1)
     state = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
     model = load_model(args.checkpoint)
-    results = {split: evaluate(model, held_out(args.data, split, args.limit)) for split in ("held-out", "tame")}
+    splits = ("held-out", "tame", "held-out-long")
+    results = {split: evaluate(model, held_out(args.data, split, args.limit)) for split in splits}
     for split, table in results.items():
         print_table(split, table)
     if reasons := beats_controls(results["held-out"]):
