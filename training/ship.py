@@ -75,7 +75,8 @@ def write_card(state: dict, results: dict[str, Table]) -> None:
     text = TEMPLATE.read_text().format(
         parameters=sum(v.numel() for v in state["mean"].values()) / 1e6, steps=state["step"],
         samples=state["samples"], hours=state["seconds"] / 3600, sequences=sequences(state),
-        frames=NUM_FRAMES, long=NUM_FRAMES_LONG, tables="\n\n".join(sections), rate=state["config"]["rate"], seed=state["config"]["seed"],
+        frames=NUM_FRAMES, long=NUM_FRAMES_LONG, tables="\n\n".join(sections),
+        rate=state["config"]["rate"], seed=state["config"]["seed"],
         init=f"own, of step {state['earlier']['steps']}" if state["earlier"] else "random",
     )  # fmt: skip
     CARD.write_text(text)
