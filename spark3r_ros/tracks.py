@@ -28,7 +28,7 @@ _EPIPOLAR_PX = 1.5
 _MIN_MATCHES = 16
 _ENOUGH_MATCHES = 60  # with the last keyframe, in the smaller image; with fewer the whole image is searched
 _SMALLER = 0.5  # of the size: a quarter of the time, and a fast camera blurs what is lost
-_SLOW_S = 0.3  # seconds between frames that leave time, and bring baselines, for the whole image at once
+SLOW_S = 0.3  # seconds between frames that leave time, and bring baselines, for the whole image at once
 _KEPT_KEYFRAMES = 6  # that descriptors are compared with
 _DESCRIBED_LATE = 2  # of them that get descriptors when none were needed at their time
 _GRID = (8, 6)
@@ -114,7 +114,7 @@ class FeatureTracker:
             ids, uv = self._ids, self._uv
             self._follow(previous, gray)
             if len(self._ids) < max(self._config.min_survival * len(ids), _MIN_MATCHES * 2):
-                late = self._match(gray, _SMALLER if 0 < seconds < _SLOW_S else 1.0)
+                late = self._match(gray, _SMALLER if 0 < seconds < SLOW_S else 1.0)
                 if self._keyframes[-1].gray is previous:
                     ids, uv = _with_late(ids, uv, late, self._keyframes[-1].id)
             self._measure_motion(ids, uv, seconds)

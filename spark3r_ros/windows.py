@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spark3r_ros.config import WindowConfig
+from spark3r_ros.tracks import SLOW_S
 
 if TYPE_CHECKING:
     from spark3r_ros.places import Corners, Place
@@ -24,20 +25,28 @@ class Gate(Enum):
     KEYFRAME = "keyframe"
 
 
-def gate(config: WindowConfig, flow: float, survival: float, seconds: float, starting: bool = False) -> Gate:
+def gate(
+    config: WindowConfig, flow: float, survival: float, seconds: float, interval: float = 0.0, starting: bool = False
+) -> Gate:
     """Decide about one frame.
+
+    Where frames come slowly, each shows much less of the last keyframe than the one before, and the next may show too
+    little to be placed: so what counts is what that one will show, if features go on being lost as fast.
 
     Args:
         config: thresholds.
         flow: median optical flow since the last keyframe, as a share of the image width.
         survival: share of the last keyframe's features that are still tracked.
         seconds: time since the last keyframe.
+        interval: seconds since the frame before.
         starting: no window is solved yet and all frames wait for one.
     """
     far, late = config.keyframe_flow, config.max_keyframe_interval
     if starting:
         far, late = min(far, config.first_flow), min(late, config.first_seconds)
-    if survival < config.min_survival or flow >= far:
+    fades = interval >= SLOW_S and flow >= config.static_flow
+    shown = survival ** (1 + interval / seconds) if fades else survival
+    if shown < config.min_survival or flow >= far:
         return Gate.KEYFRAME
     if flow < config.static_flow:
         return Gate.STATIC

@@ -49,6 +49,21 @@ def test_gate(flow, survival, seconds, expected):
     assert gate(CONFIG, flow, survival, seconds) is expected
 
 
+@pytest.mark.parametrize(
+    ("flow", "survival", "seconds", "interval", "expected"),
+    [
+        (0.05, 0.55, 1.0, 1.0, Gate.KEYFRAME),  # the next one would show 0.3
+        (0.05, 0.65, 1.0, 1.0, Gate.MOVING),  # 0.42
+        (0.05, 0.40, 2.0, 1.0, Gate.KEYFRAME),
+        (0.05, 0.52, 1.9, 0.95, Gate.MOVING),  # 0.37
+        (0.05, 0.36, 0.2, 0.1, Gate.MOVING),  # a fast stream waits
+        (0.0, 0.55, 1.0, 1.0, Gate.STATIC),  # something passes by a camera that stands still
+    ],
+)
+def test_slow_streams_look_ahead(flow, survival, seconds, interval, expected):
+    assert gate(CONFIG, flow, survival, seconds, interval) is expected
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.floats(0, 0.2), st.floats(0.35, 1), st.floats(0, 10), st.floats(0, 0.1))
 def test_more_flow_never_makes_less_of_a_frame(flow, survival, seconds, more):
@@ -68,7 +83,7 @@ def test_more_flow_never_makes_less_of_a_frame(flow, survival, seconds, more):
     ],
 )
 def test_keyframes_are_closer_until_the_first_window(flow, seconds, starting, expected):
-    assert gate(CONFIG, flow, 1.0, seconds, starting) is expected
+    assert gate(CONFIG, flow, 1.0, seconds, starting=starting) is expected
     dense = WindowConfig(keyframe_flow=0.02, max_keyframe_interval=0.5)
     for value in (0.01, 0.02, 0.03):  # a user who wants them closer anyway gets them
         assert gate(dense, value, 1.0, 0.1, starting=True) is gate(dense, value, 1.0, 0.1)
