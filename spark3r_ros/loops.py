@@ -28,6 +28,7 @@ STEP_TRANSLATION = 0.02  # share of the step, plus
 STEP_DEPTH = 0.002  # of the distance of the scene
 STEP_SCALE = 0.005  # of log scale
 SURE_INLIERS = 300  # errors of steps grow as points get fewer, in proportion (measured on rendered circuits)
+FEW_INLIERS = 100  # below, they grow with the fourth power: blank walls (likewise)
 FIRST_DOUBT = 2.0  # of steps into a sparse map that did not track yet
 NETWORK_DOUBT = 6.0  # of steps that only the network has seen (likewise)
 LOOP_ROTATION = 0.01
@@ -65,7 +66,8 @@ def step_edge(
 
 def step_doubt(num_inliers: int) -> float:
     """How much less certain than a good step one is that ``num_inliers`` tracked points tie to the map."""
-    return max(0.5, SURE_INLIERS / max(num_inliers, 10))
+    count = max(num_inliers, 30)
+    return max(0.5, SURE_INLIERS / count) * max(1.0, FEW_INLIERS / count) ** 3
 
 
 def loop_edge(first: int, second: int, S_first_second: np.ndarray, depth: float, doubt: float = 1.0) -> Edge:

@@ -358,3 +358,11 @@ def test_below_the_bound_nothing_is_forgotten():
     closer, keyframes = remembered([0] * 9, LoopConfig(max_places=10))
     closer.forget_places(keyframes)
     assert len(closer.places) == 9
+
+
+def test_steps_of_few_points_are_doubted_much_more():
+    doubts = [step_doubt(count) for count in (600, 300, 150, 100, 75, 50, 30, 0)]
+    assert doubts[:4] == [0.5, 1.0, 2.0, 3.0]
+    assert doubts == sorted(doubts)
+    assert step_doubt(50) == 8 * 6.0  # a wall with hardly any texture: scale may be anything
+    assert step_doubt(0) == step_doubt(30)
