@@ -2,6 +2,7 @@
 
     python -m benchmarks.accuracy --sequences ../shared/data/* --scenes 6
     python -m benchmarks.accuracy --sequences ../shared/data/* --scenes 0 --unknown-camera      # without K
+    python -m benchmarks.accuracy --scenes 0 --slow 24 --methods "nano + refine"                # wide baselines
 
 Methods: ``identity`` (the camera never moves) and ``straight line`` (from the true first to the true last position at
 even speed, no rotation) are controls; ``refine alone`` runs the corridor without any network (flat depth of no
@@ -118,14 +119,25 @@ def recorded(folder: Path) -> Recording:
     return Recording(folder.name, lambda: open_source(folder), poses, depth)
 
 
-def rendered(index: int, num_frames: int) -> Recording:
+def held_out(index: int, num_frames: int) -> Recording:
     """A held-out scene with a path of its own kind, hand-held ones most often."""
     kind = ("handheld", "handheld", "orbit", "forward", "handheld", "circuit")[index % 6]
     seed = FIRST_SEED + index
     scene = Scene(seed, "hall" if kind == "circuit" else "room")
     poses = camera_path(kind, num_frames, seed, num_frames / 240)
+    return rendered(f"{kind} {index}", scene, poses, 1e8, 58 + 4 * (index % 5))
+
+
+def slow(index: int) -> Recording:
+    """Sixteen frames at 1 Hz, 8 degrees and 0.27 m a step: wide baselines."""
+    seed = FIRST_SEED + 1000 + index
+    return rendered(f"slow {index}", Scene(seed, "room"), camera_path("orbit", 45, seed)[:16], 1e9, 62)
+
+
+def rendered(name: str, scene: Scene, poses: np.ndarray, interval_ns: float, fov: float) -> Recording:
+    """A scene seen from poses [N, 4, 4], each image rendered once."""
     width, height = SCENE_SIZE
-    K = camera_matrix(width, height, 58 + 4 * (index % 5))
+    K = camera_matrix(width, height, fov)
     camera = CameraModel(width, height, K)
     views: list[tuple[np.ndarray, np.ndarray]] = []
 
@@ -133,9 +145,9 @@ def rendered(index: int, num_frames: int) -> Recording:
         for i, T in enumerate(poses):
             if i == len(views):
                 views.append(scene.render(T, K, width, height))
-            yield Frame(round(i * 1e8), views[i][0], "camera", camera)
+            yield Frame(round(i * interval_ns), views[i][0], "camera", camera)
 
-    return Recording(f"{kind} {index}", frames, poses, lambda i: views[i][1])
+    return Recording(name, frames, poses, lambda i: views[i][1])
 
 
 def reconstruct(recording: Recording, config: Config, backbone: Backbone, known_camera: bool) -> Run:
@@ -312,6 +324,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=Path, nargs="*", default=[], help="folders with rgb/ and poses.txt")
     parser.add_argument("--scenes", type=int, default=6, help="held-out scenes")
     parser.add_argument("--frames", type=int, default=120, help="of each scene")
+    parser.add_argument("--slow", type=int, default=0, help="rendered streams of 16 frames at 1 Hz")
     parser.add_argument("--unknown-camera", action="store_true", help="hide intrinsics and distortion")
     parser.add_argument("--weights", type=Path, help="of nano: safetensors or a training checkpoint; default: shipped")
     parser.add_argument("--methods", nargs="*", help="only these (default: all)")
@@ -325,7 +338,8 @@ def main() -> None:
     recordings = [recorded(folder) for folder in arguments.sequences if folder.is_dir()]
     results: dict[str, dict[str, dict[str, Any]]] = {}
     plotted = {}
-    for recording in recordings + [rendered(i, arguments.frames) for i in range(arguments.scenes)]:
+    recordings += [held_out(i, arguments.frames) for i in range(arguments.scenes)]
+    for recording in recordings + [slow(i) for i in range(arguments.slow)]:
         runs = {}
         for name, (setting, backbone) in methods(config, nano).items():
             if not arguments.methods or name in arguments.methods:
