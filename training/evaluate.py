@@ -36,17 +36,8 @@ from training.generate import DEFAULT_DATA, NUM_FRAMES_LONG, scaled
 
 SHIPPED = Path(__file__).resolve().parents[1] / "spark3r_ros" / "weights" / "nano.safetensors"
 MOVING = 0.01  # of the depth: below, a step has no direction
-WINDOW_IDS = (
-    0,
-    0,
-    0,
-    0,
-    1,
-    1,
-    2,
-    2,
-    *(3 + i // 4 for i in range(NUM_FRAMES_LONG - 8)),
-)  # of the block-causal evaluation
+LATER = (3 + i // 4 for i in range(NUM_FRAMES_LONG - 8))
+WINDOW_IDS = (0, 0, 0, 0, 1, 1, 2, 2, *LATER)  # of the block-causal evaluation
 
 
 @dataclass(frozen=True, eq=False)
