@@ -1,4 +1,5 @@
-"""The corridor: frames in; poses, points and depth out. One method, ``push``, reads like the method section.
+"""The corridor: frames in; poses, points and depth out. Two methods read like the method section: ``track`` answers a
+frame with its pose, ``update_map`` does what the frame means for the map while the next one is on its way.
 
 Three frames of reference, all in model scale:
 
@@ -85,9 +86,19 @@ class Seen:
     corners: Corners | None  # of keyframes
 
 
+@dataclass(frozen=True, eq=False)
+class Tracked:
+    """A frame that has its pose, and what is left to do about it."""
+
+    seen: Seen
+    estimate: Estimate
+    interval_ns: int  # since the frame before
+    is_keyframe: bool
+
+
 @dataclass(eq=False)
 class Job:
-    """A window on its way into the map: with the network, then joined, then finished keyframe by keyframe."""
+    """A window on its way into the map: with the network, aligned, joined, then finished keyframe by keyframe."""
 
     keyframes: list[Keyframe]
     new: list[Keyframe]  # those of them that were in no window before
@@ -96,6 +107,8 @@ class Job:
     due_ns: int  # stamp from which on its next piece is done
     solution: Future[Solution]
     link: Link | None = None
+    T_world_camera: np.ndarray | None = None  # [S, 4, 4] the network's poses, once they are aligned
+    scale: float = 1.0  # of the network's depths, likewise
     deeper: dict[int, Future[DepthMap]] = field(default_factory=dict)  # dense depth of the new keyframes, by id
     unfinished: list[Keyframe] = field(default_factory=list)
     is_joined: bool = False
@@ -138,7 +151,8 @@ class Reconstructor:
         self._preprocess: Preprocessor | None = None
         self._window = Window(self.config.window)
         self._job: Job | None = None
-        self._solved: Solved | None = None  # what this frame's work has finished
+        self._tracked: Tracked | None = None  # the last frame, while the map does not know it yet
+        self._solved: list[Solved] = []  # windows that are finished and not told yet
         self._keyframes: dict[int, Keyframe] = {}
         self._points = PointMap(self.config.map)
         self._trajectory = Trajectory()
@@ -167,39 +181,66 @@ class Reconstructor:
     # -- the method ----------------------------------------------------------------------------------------------
 
     def push(self, frame: Frame) -> Update:
-        """Take one frame; returns the poses that are known now, and what else the frame caused.
+        """Take one frame: ``track``, then ``update_map``; returns what both of them say.
+
+        Raises:
+            FrameError: the frame cannot be used; the stream goes on without it.
+        """
+        poses = self.track(frame).poses
+        return replace(self.update_map(), poses=poses)
+
+    def track(self, frame: Frame) -> Update:
+        """Answer one frame at once; returns the poses that are known now, and nothing about the map.
 
         Every frame gets exactly one pose, in stamp order: at once, or, before the first window is solved, with it.
 
         Raises:
             FrameError: the frame cannot be used; the stream goes on without it.
         """
+        self._catch_up()
         interval_ns = frame.stamp_ns - self._last_stamp_ns
         seen = self._see(frame)
         if self._is_starting:
-            return self._initialise(seen)
+            return self._answer(self._initialise(seen))
         segment = self._segment
         estimate = self._track_or_lose(seen)
         self._advance_odometry(estimate.T_world_camera)
+        self._trajectory.append(frame.stamp_ns, estimate.T_world_camera, self._newest)
         just_lost = segment != self._segment  # features start again with the next frame
-        wanted = seen.gate is Gate.KEYFRAME and not just_lost and not self._is_cut_off(seen, estimate)
-        keyframe = self._add_keyframe(seen, estimate) if wanted else None
-        self._record(seen, estimate, keyframe)
-        self._work(frame.stamp_ns, interval_ns, keyframe is not None)
-        return self._update([self._pose_of(seen, estimate)])
+        is_keyframe = seen.gate is Gate.KEYFRAME and not just_lost and not self._is_cut_off(seen, estimate)
+        self._tracked = Tracked(seen, estimate, interval_ns, is_keyframe)
+        return self._answer([self._pose_of(seen, estimate, is_keyframe)])
+
+    def update_map(self) -> Update:
+        """What the last frame means for the map: a keyframe, a window or a piece of one; returns what changed.
+
+        Nobody's pose waits for it. Left out, it is done before the next frame.
+        """
+        self._catch_up()
+        return self._update()
 
     def finish(self) -> Update:
         """The stream has ended: solve what is pending, so that every frame has had its pose."""
-        if self._waiting:
-            poses = self._start(self._last_stamp_ns)
-            self._complete()
-            return self._update(poses)
-        before = self._complete()
+        self._catch_up()
+        poses = self._start(self._last_stamp_ns) if self._waiting else []
+        self._complete()
         if self._window.new:
             self._solve_window()
         self._apply_loops()
         self._refresh_odom()
-        return self._update([], before)
+        return replace(self._update(), poses=tuple(poses))
+
+    def _catch_up(self) -> None:
+        """The map's part of the last frame."""
+        tracked, self._tracked = self._tracked, None
+        if tracked is None:
+            return
+        stamp_ns = tracked.seen.frame.stamp_ns
+        if tracked.is_keyframe:
+            keyframe = self._add_keyframe(tracked.seen, tracked.estimate)
+            self._trajectory.replace(-1, keyframe.T_world_camera, keyframe)  # its own frame is where the keyframe is
+        self._work(stamp_ns, tracked.interval_ns, tracked.is_keyframe)
+        self._refresh_odom()
 
     # -- looking at a frame --------------------------------------------------------------------------------------
 
@@ -310,7 +351,7 @@ class Reconstructor:
     def _is_starting(self) -> bool:
         return self._job is None and not self._num_windows and self._state is TrackingState.INITIALISING
 
-    def _initialise(self, seen: Seen) -> Update:
+    def _initialise(self, seen: Seen) -> list[FramePose]:
         """Collect frames until the first window is full, or until too many wait."""
         crowded = len(self._waiting) + 1 >= self.config.window.max_pending
         if seen.gate is Gate.KEYFRAME:
@@ -319,13 +360,14 @@ class Reconstructor:
         waited = 1e-9 * (seen.frame.stamp_ns - self._waiting[0].frame.stamp_ns)
         enough = self._window.can_start and waited >= self.config.window.first_seconds
         ready = self._window.is_full or enough or crowded
-        return self._update(self._start(seen.frame.stamp_ns) if ready else [])
+        return self._start(seen.frame.stamp_ns) if ready else []
 
     def _start(self, stamp_ns: int) -> list[FramePose]:
         """Solve the first window and give every waiting frame its pose; the rest of it follows piece by piece."""
         self._begin_window(stamp_ns)
+        while self._job is not None and not self._job.is_joined:
+            self._advance(self._job, stamp_ns)
         assert self._job is not None
-        self._advance(self._job, stamp_ns)
         if self._refiner is None or not self._refiner.is_initialised:
             self._complete()
         elif len(self._job.keyframes) > 1:
@@ -344,8 +386,9 @@ class Reconstructor:
                 if poses:  # the first is where the world begins
                     keyframe.covariance = estimate.covariance
             self._advance_odometry(estimate.T_world_camera)
-            self._record(seen, estimate, keyframe or self._keyframe_before(seen.index))
-            poses.append(self._pose_of(seen, estimate))
+            anchor = keyframe or self._keyframe_before(seen.index)
+            self._trajectory.append(seen.frame.stamp_ns, estimate.T_world_camera, anchor)
+            poses.append(self._pose_of(seen, estimate, keyframe is not None))
         return poses
 
     def _keyframe_before(self, index: int) -> Keyframe:
@@ -484,11 +527,10 @@ class Reconstructor:
         self._begin_window(0)
         self._complete()
 
-    def _complete(self) -> Solved | None:
+    def _complete(self) -> None:
         """Finish the window that is under way, if there is one."""
         while self._job is not None:
             self._advance(self._job, 0)
-        return self._solved
 
     def _begin_window(self, stamp_ns: int) -> None:
         """Hand the window to the network."""
@@ -506,7 +548,10 @@ class Reconstructor:
         except BaseException:
             self._job = None  # it will not get better
             raise
-        if not job.is_joined:
+        if job.T_world_camera is None:
+            self._solver.learn_intrinsics(solution.K)
+            self._align(job, solution)
+        elif not job.is_joined:
             self._join_window(job, solution)
             job.due_ns = stamp_ns + DENSE_LAG_NS
         elif job.unfinished:
@@ -518,8 +563,7 @@ class Reconstructor:
 
     def _join_window(self, job: Job, solution: Solution) -> None:
         """Poses and depths of the window, in the world; its keys into the context."""
-        self._solver.learn_intrinsics(solution.K)
-        job.link = self._join(job.keyframes, solution)
+        self._join(job, solution)
         if self._refiner is not None and len(job.keyframes) > 1:
             self._refine(self._refiner, [*job.keyframes, *self._window.new])
         self._solver.commit(job.keyframes)
@@ -551,7 +595,7 @@ class Reconstructor:
         self._settle(job.keyframes, job.link)  # a camera that is lost now gives up the window's depths
         self._num_windows += 1
         self._last_report = self._report(len(job.keyframes), job.link, job.seconds)
-        self._solved = Solved(self._last_report, job.new, self._depth_camera(solution.K), depth)
+        self._solved.append(Solved(self._last_report, job.new, self._depth_camera(solution.K), depth))
         for keyframe in job.leaving:
             keyframe.retire()
 
@@ -566,28 +610,31 @@ class Reconstructor:
         if self._watch.window(link is None or link.accepted or self._refiner is not None):
             self._lose()
 
-    def _join(self, keyframes: Sequence[Keyframe], solution: Solution) -> Link | None:
-        """Bring a solved window into the world: poses of its new keyframes, depth of all of them."""
-        known = self._known_views(keyframes, solution.K)
-        link = None
+    def _align(self, job: Job, solution: Solution) -> None:
+        """Where the world has a solved window: its link to the map, and poses from it."""
+        known = self._known_views(job.keyframes, solution.K)
         # without anything known: the first camera stays where it was last seen, at first the origin of the world
         unit = geometry.similarity(self._unknown_scale(solution), np.eye(4))
-        S = keyframes[0].T_world_camera @ unit @ geometry.inverse(solution.T_window_camera[0])
+        S = job.keyframes[0].T_world_camera @ unit @ geometry.inverse(solution.T_window_camera[0])
         if known:
             here = [View(solution.T_window_camera[i], solution.depth[i], solution.confidence[i]) for i in known]
             there = list(known.values())
-            link = align(there, here, solution.K, self.config.alignment, solution.same_gauge)
-            S = link.S_map_window
-        scale = float(geometry.scale_of(S))
-        num_overlap = sum(k.dense is not None for k in keyframes)
-        for i, keyframe in enumerate(keyframes):
-            T = geometry.apply_similarity_to_pose(S, solution.T_window_camera[i])
+            job.link = align(there, here, solution.K, self.config.alignment, solution.same_gauge)
+            S = job.link.S_map_window
+        job.scale = float(geometry.scale_of(S))
+        job.T_world_camera = geometry.apply_similarity_to_pose(S, solution.T_window_camera)
+
+    def _join(self, job: Job, solution: Solution) -> None:
+        """Bring an aligned window into the world: poses of its new keyframes, depth of all of them."""
+        assert job.T_world_camera is not None
+        num_overlap = sum(k.dense is not None for k in job.keyframes)
+        for i, keyframe in enumerate(job.keyframes):
+            T = job.T_world_camera[i]
             if i < num_overlap:  # old pose and new one are blended, so that no step is left at the boundary
                 T = geometry.interpolate_pose(keyframe.T_world_camera, T, (i + 1) / (num_overlap + 1))
             else:
-                keyframe.dense = DepthMap(scale * solution.depth[i], solution.confidence[i], solution.K)
+                keyframe.dense = DepthMap(job.scale * solution.depth[i], solution.confidence[i], solution.K)
             self._move(keyframe, T)
-        return link
 
     def _refine(self, refiner: Refiner, keyframes: Sequence[Keyframe]) -> None:
         """Adjust poses to feature tracks and new depths to landmarks, of the window and of keyframes behind it."""
@@ -754,26 +801,18 @@ class Reconstructor:
             moved = self._T_odom_camera @ T_last_camera
             self._T_odom_camera = geometry.make_T(geometry.project_to_so3(moved[:3, :3]), moved[:3, 3])
 
-    def _record(self, seen: Seen, estimate: Estimate, keyframe: Keyframe | None) -> None:
-        """Append a frame to the path; a keyframe's own frame is where the keyframe is."""
-        keyframe = keyframe or self._newest
-        is_own = keyframe.frame_index == seen.index
-        T_world_camera = keyframe.T_world_camera if is_own else estimate.T_world_camera
-        self._trajectory.append(seen.frame.stamp_ns, T_world_camera, keyframe)
-
     @property
     def _unit(self) -> float:
         """Output units per world unit, here and now."""
         return float(geometry.scale_of(self._S_map_world)) * self._scale.metres_per_unit
 
-    def _pose_of(self, seen: Seen, estimate: Estimate) -> FramePose:
+    def _pose_of(self, seen: Seen, estimate: Estimate, is_keyframe: bool) -> FramePose:
         """What is given out for the frame placed last."""
         T_map_camera = self._refresh_odom()
         to_output = np.diag([self._unit] * 3 + [1.0] * 3)
         cov = to_output @ estimate.covariance @ to_output
         if self._state is TrackingState.LOST or self._unconnected_from is not None:
             cov = np.eye(6) * LOST_SIGMA**2  # not where it is in the map, though its motion may be well known
-        is_keyframe = self._newest.frame_index == seen.index
         return FramePose(
             seen.frame.stamp_ns, seen.frame.frame_id, self._T_odom_camera, T_map_camera, cov, self._state, is_keyframe
         )
@@ -792,19 +831,18 @@ class Reconstructor:
         moved[..., :3, 3] *= self._scale.metres_per_unit
         return moved
 
-    def _update(self, poses: Sequence[FramePose], before: Solved | None = None) -> Update:
-        """What this frame caused; ``before``: a window that was finished before the last one."""
-        solved, self._solved = self._solved, None
-        earlier = before.keyframes if before is not None and before is not solved else []
-        return Update(
-            poses=tuple(poses),
-            points=self._batch([k.id for k in [*earlier, *solved.keyframes]]) if solved else None,
-            depth=self._depth_image(solved) if solved else None,
-            window=solved.report if solved else None,
-            T_map_odom=self._T_map_odom,
+    def _answer(self, poses: Sequence[FramePose]) -> Update:
+        return Update(poses=tuple(poses), T_map_odom=self._T_map_odom, state=self._state, scale=self._scale)
+
+    def _update(self) -> Update:
+        """What has happened to the map since the last one."""
+        solved, self._solved = self._solved, []
+        return replace(
+            self._answer([]),
+            points=self._batch([k.id for s in solved for k in s.keyframes]) if solved else None,
+            depth=self._depth_image(solved[-1]) if solved else None,
+            window=solved[-1].report if solved else None,
             map_changed=self._map_changed(),
-            state=self._state,
-            scale=self._scale,
         )
 
     def _map_changed(self) -> bool:
@@ -865,6 +903,7 @@ class Reconstructor:
 
     def save_map(self, path: str | Path) -> None:
         """Write keyframes, places, points and pose graph to one file; ``OSError`` when that cannot be written."""
+        self._catch_up()
         self._complete()
         keyframes = tuple(k for k in self._keyframes.values() if k.is_solved)
         known = {k.id for k in keyframes}

@@ -32,7 +32,8 @@ class Trajectory:
         self.replace(self._count - 1, T_world_camera, keyframe)
 
     def replace(self, row: int, T_world_camera: np.ndarray, keyframe: Keyframe) -> None:
-        """Give frame ``row`` a better pose."""
+        """Give frame ``row`` (-1: the last) a better pose."""
+        row = row if row >= 0 else self._count + row
         relative = geometry.inverse(keyframe.T_world_camera) @ T_world_camera
         self._keyframes[row] = keyframe.id
         self._relative[row] = relative[:3]

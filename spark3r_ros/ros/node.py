@@ -235,8 +235,7 @@ class Spark3rNode(LifecycleNode):
         try:
             frame = self._companions.frame(taken)
             self._check_size(frame)
-            self._outputs.publish(self._reconstructor.push(frame), self._reconstructor)
-            self.stats.worker_error = ""
+            self._outputs.publish(self._reconstructor.track(frame), self._reconstructor)  # its pose goes out first
         except ImageError as error:
             self._drop("bad_image", taken, str(error))
         except FrameError as error:
@@ -246,6 +245,19 @@ class Spark3rNode(LifecycleNode):
                 return  # ROS has ended while the frame was in work: there is nobody to tell
             self.stats.worker_error = f"{type(error).__name__}: {error}"
             self._drop("failed", taken, f"frame {taken.stamp_ns} failed: {traceback.format_exc()}")
+        else:
+            self._update_map()
+
+    def _update_map(self) -> None:
+        """On the worker: what the image that has its pose now means for the map."""
+        try:
+            self._outputs.publish(self._reconstructor.update_map(), self._reconstructor)
+            self.stats.worker_error = ""
+        except Exception as error:  # noqa: BLE001  as above
+            if self.context.ok():
+                self.stats.worker_error = f"{type(error).__name__}: {error}"
+                text = f"the map could not be updated: {traceback.format_exc()}"
+                self.get_logger().error(text, throttle_duration_sec=_QUIET_S)
 
     def _check_size(self, frame: Frame) -> None:
         """One image of another size is refused by the reconstruction; many in a row are a new camera mode."""

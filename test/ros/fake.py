@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,15 +37,18 @@ class FakeReconstructor:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.delay_s = 0.0  # of every push
-        self.gate = threading.Event()  # cleared: push waits, as if a window were being solved
+        self.delay_s = 0.0  # of every frame
+        self.gate = threading.Event()  # cleared: track waits, as if a window were being solved
+        self.map_gate = threading.Event()  # likewise of update_map
+        self.map_gate.set()
         self.gate.set()
         self.map_changed = False  # of the next update, once
         self.num_points = 1000
         self.is_metric = True
         self.state = TrackingState.TRACKING
         self.T_map_odom = np.eye(4)
-        self.error: Exception | None = None
+        self.error: Exception | None = None  # of track
+        self.map_error: Exception | None = None  # of update_map
         self.frames: deque[Frame] = deque(maxlen=200)  # the newest ones; only the last one has its image
         self.resets = 0
         self.loaded: Path | None = None
@@ -58,8 +62,9 @@ class FakeReconstructor:
         self._last_ns = 0
         self._keyframes: list[tuple[int, np.ndarray]] = []
         self._size: tuple[int, ...] | None = None
+        self._window: Frame | None = None  # the frame that completes one
 
-    def push(self, frame: Frame) -> Update:
+    def track(self, frame: Frame) -> Update:
         if self.delay_s:
             time.sleep(self.delay_s)
         self.gate.wait()
@@ -83,17 +88,27 @@ class FakeReconstructor:
         )  # fmt: skip
         if is_window:
             self._keyframes = [*self._keyframes[-500:], (frame.stamp_ns, self.T_map_odom @ T)]
+        self._window = frame if is_window else None
+        return self._update(poses=(pose,))
+
+    def update_map(self) -> Update:
+        self.map_gate.wait()
+        if self.map_error is not None:
+            raise self.map_error
+        frame, self._window = self._window, None
         changed, self.map_changed = self.map_changed, False
-        return Update(
-            poses=(pose,),
-            points=self._points(frame.stamp_ns) if is_window else None,
-            depth=self._depth(frame) if is_window else None,
-            window=self._report() if is_window else None,
-            T_map_odom=self.T_map_odom,
+        if frame is None:
+            return self._update(map_changed=changed)
+        return self._update(
+            points=self._points(frame.stamp_ns),
+            depth=self._depth(frame),
+            window=self._report(),
             map_changed=changed,
-            state=self.state,
-            scale=ScaleEstimate(0.0, 0.01, "depth") if self.is_metric else ScaleEstimate(),
         )
+
+    def _update(self, **what: Any) -> Update:
+        scale = ScaleEstimate(0.0, 0.01, "depth") if self.is_metric else ScaleEstimate()
+        return Update(T_map_odom=self.T_map_odom, state=self.state, scale=scale, **what)
 
     def finish(self) -> Update:
         return Update(T_map_odom=self.T_map_odom, state=self.state)

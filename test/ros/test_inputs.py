@@ -385,3 +385,25 @@ def test_an_unexpected_error_is_said_and_survived(rig):
     r.send(WINDOW)
     assert r.stats.poses == WINDOW
     assert not r.stats.worker_error
+
+
+def test_the_pose_goes_out_before_the_map_is_updated(rig):
+    r = rig()
+    r.send(1)
+    r.fake.map_gate.clear()
+    r.send(1, wait=False)
+    r.until(lambda: r.stats.poses == 2)
+    r.fake.map_gate.set()
+
+
+def test_a_map_that_cannot_be_updated_is_said_and_takes_no_pose_away(rig):
+    r = rig()
+    r.fake.map_error = RuntimeError("CUDA out of memory")
+    r.send(2)
+    assert r.stats.poses == 2
+    assert not r.stats.dropped
+    assert "CUDA out of memory" in r.stats.worker_error
+    r.fake.map_error = None
+    r.send(WINDOW)
+    assert r.stats.windows == 1
+    assert not r.stats.worker_error

@@ -81,15 +81,30 @@ def test_a_window_that_loses_the_camera_is_still_reported(stream):
 
 
 def test_odometry_never_jumps_and_map_to_odom_takes_corrections(stream):
-    oracle = Oracle(stream, pose_noise=0.02, depth_noise=0.05)
-    _, updates = run(stream, oracle)
-    poses = poses_of(updates)
-    for p in poses[1:]:
-        assert np.all(np.isfinite(p.T_odom_camera))
-    for update in updates[:-1]:
-        if update.poses:
-            last = update.poses[-1]
-            np.testing.assert_allclose(update.T_map_odom @ last.T_odom_camera, last.T_map_camera, atol=1e-9)
+    reconstructor = Reconstructor(with_values(Config(), OPTIONS), Oracle(stream, pose_noise=0.02, depth_noise=0.05))
+    corrections = []
+    for frame in stream.frames:
+        answer = reconstructor.track(frame)
+        map_update = reconstructor.update_map()
+        assert map_update.poses == ()
+        if answer.poses:
+            last = answer.poses[-1]
+            assert np.all(np.isfinite(last.T_odom_camera))
+            np.testing.assert_allclose(answer.T_map_odom @ last.T_odom_camera, last.T_map_camera, atol=1e-9)
+            corrections.append(np.abs(map_update.T_map_odom - answer.T_map_odom).max())
+    assert max(corrections) > 1e-3, "a window moves the camera in the map, not the odometry"
+
+
+def test_a_map_update_that_nobody_asks_for_is_done_before_the_next_frame(stream):
+    asked, updates = run(stream)
+    left = Reconstructor(with_values(Config(), OPTIONS), Oracle(stream))
+    poses = [p for frame in stream.frames for p in left.track(frame).poses]
+    rest = left.finish()
+    for ours, theirs in zip([*poses, *rest.poses], poses_of(updates), strict=True):
+        np.testing.assert_array_equal(ours.T_map_camera, theirs.T_map_camera)
+    assert rest.points is not None
+    assert len(rest.points.xyz) == sum(len(u.points.xyz) for u in updates if u.points is not None)
+    np.testing.assert_array_equal(left.map_points().xyz, asked.map_points().xyz)
 
 
 def test_static_frames_never_become_keyframes():
