@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import cv2
@@ -79,11 +80,16 @@ class Seen:
 
     frame: Frame
     index: int
-    network: NetworkImage
+    preprocess: Preprocessor
     gray: np.ndarray  # [H, W] uint8, as it came from the camera
     tracks: Tracks
     gate: Gate
     corners: Corners | None  # of keyframes
+
+    @cached_property
+    def network(self) -> NetworkImage:
+        """The frame as the network takes it: only keyframes, and frames that the sparse map cannot place, come there."""
+        return self.preprocess(self.frame)
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,7 +263,7 @@ class Reconstructor:
         decision, corners = self._decide(frame, gray, tracks)
         self._last_stamp_ns = frame.stamp_ns
         self._num_frames += 1
-        return Seen(frame, self._num_frames - 1, self._preprocess(frame), gray, tracks, decision, corners)
+        return Seen(frame, self._num_frames - 1, self._preprocess, gray, tracks, decision, corners)
 
     def _decide(self, frame: Frame, gray: np.ndarray, tracks: Tracks) -> tuple[Gate, Corners | None]:
         """Static, moving or keyframe; a keyframe comes with its corners, and without corners there is none."""

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spark3r_ros.config import WindowConfig
-from spark3r_ros.tracks import SLOW_S
 
 if TYPE_CHECKING:
     from spark3r_ros.places import Corners, Place
+
+FADES = 0.75  # of the features kept from frame to frame; with fewer the next frame is thought of too
 
 
 class Gate(Enum):
@@ -30,8 +31,8 @@ def gate(
 ) -> Gate:
     """Decide about one frame.
 
-    Where frames come slowly, each shows much less of the last keyframe than the one before, and the next may show too
-    little to be placed: so what counts is what that one will show, if features go on being lost as fast.
+    Where each frame shows much less of the last keyframe than the one before (slow streams, fast turns), the next may
+    show too little to be placed: so what counts is what that one will show, if features go on being lost as fast.
 
     Args:
         config: thresholds.
@@ -44,8 +45,9 @@ def gate(
     far, late = config.keyframe_flow, config.max_keyframe_interval
     if starting:
         far, late = min(far, config.first_flow), min(late, config.first_seconds)
-    fades = interval >= SLOW_S and flow >= config.static_flow
-    shown = survival ** (1 + interval / seconds) if fades else survival
+    moves = interval > 0 and flow >= config.static_flow
+    kept = survival ** (interval / seconds) if moves else 1.0  # from one frame to the next
+    shown = survival * kept if kept < FADES else survival
     if shown < config.min_survival or flow >= far:
         return Gate.KEYFRAME
     if flow < config.static_flow:

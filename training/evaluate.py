@@ -32,12 +32,11 @@ from spark3r_ros.backbone.trunk import PassOptions
 from spark3r_ros.config import ReductionConfig
 from spark3r_ros.geometry import inverse, make_T, matrix_from_quat_xyzw, rotation_angle, transform, umeyama
 from training.data import Batch, Shard, list_shards
-from training.generate import DEFAULT_DATA, NUM_FRAMES_LONG, scaled
+from training.generate import DEFAULT_DATA, scaled
 
 SHIPPED = Path(__file__).resolve().parents[1] / "spark3r_ros" / "weights" / "nano.safetensors"
 MOVING = 0.01  # of the depth: below, a step has no direction
-LATER = (3 + i // 4 for i in range(NUM_FRAMES_LONG - 8))
-WINDOW_IDS = (0, 0, 0, 0, 1, 1, 2, 2, *LATER)  # of the block-causal evaluation
+WINDOW_IDS = (0, 0, 0, 0, 1, 1, 2, 2, *np.repeat(range(3, 7), 4).tolist())  # of the block-causal evaluation
 
 
 @dataclass(frozen=True, eq=False)

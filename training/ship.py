@@ -59,7 +59,7 @@ def markdown(table: Table) -> str:
 
 
 def sequences(state: dict) -> int:
-    """Distinct sequences seen: those of this run and of the one whose weights it began with."""
+    """Sequences in the data sets of this run and of those before; a set that two runs used counts twice."""
     return int(state["sequences"]) + int(state["earlier"].get("sequences", 0))
 
 

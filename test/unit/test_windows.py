@@ -56,11 +56,12 @@ def test_gate(flow, survival, seconds, expected):
         (0.05, 0.65, 1.0, 1.0, Gate.MOVING),  # 0.42
         (0.05, 0.40, 2.0, 1.0, Gate.KEYFRAME),
         (0.05, 0.52, 1.9, 0.95, Gate.MOVING),  # 0.37
-        (0.05, 0.36, 0.2, 0.1, Gate.MOVING),  # a fast stream waits
+        (0.05, 0.45, 0.2, 0.1, Gate.KEYFRAME),  # a fast turn: 0.3 next
+        (0.05, 0.36, 0.5, 0.1, Gate.MOVING),  # 0.29, but little is lost from frame to frame
         (0.0, 0.55, 1.0, 1.0, Gate.STATIC),  # something passes by a camera that stands still
     ],
 )
-def test_slow_streams_look_ahead(flow, survival, seconds, interval, expected):
+def test_where_features_fade_it_looks_ahead(flow, survival, seconds, interval, expected):
     assert gate(CONFIG, flow, survival, seconds, interval) is expected
 
 
