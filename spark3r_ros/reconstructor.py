@@ -88,7 +88,7 @@ class Seen:
 
     @cached_property
     def network(self) -> NetworkImage:
-        """The frame as the network takes it: only keyframes, and frames that the sparse map cannot place, come there."""
+        """The frame as the network takes it: keyframes, and frames that the sparse map cannot place."""
         return self.preprocess(self.frame)
 
 
