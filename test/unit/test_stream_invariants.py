@@ -202,6 +202,30 @@ def test_how_fast_the_network_is_changes_nothing(images, backbone):
     assert np.array_equal(results[0][2], results[1][2])
 
 
+def test_no_frame_aligns_and_joins_a_window(images, backbone):
+    """Beside the stream a window comes into the map in pieces that fit between two frames."""
+
+    class Noted(Reconstructor):
+        def reset(self):
+            super().reset()
+            self.aligned, self.joined = [], []
+
+        def _align(self, job, solution):
+            self.aligned.append(self._num_frames)
+            super()._align(job, solution)
+
+        def _join_window(self, job, solution):
+            self.joined.append(self._num_frames)
+            super()._join_window(job, solution)
+
+    reconstructor = Noted(with_values(Config(), {"window.keyframe_flow": 0.03, "refine.mode": "on"}), backbone)
+    for frame in as_frames(images):
+        reconstructor.push(frame)
+    later = np.array([reconstructor.aligned, reconstructor.joined])[:, 1:]  # the first window gives poses at once
+    assert later.shape[1] >= 2
+    assert (later[1] - later[0] == 1).all()
+
+
 def test_the_first_poses_do_not_wait_for_the_first_points(images, backbone):
     """Dense depth of the first window is made piece by piece while the stream goes on; nothing is lost at its end."""
     reconstructor = Reconstructor(Config(), backbone)
