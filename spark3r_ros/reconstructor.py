@@ -272,8 +272,8 @@ class Reconstructor:
         if newest is not None and newest.segment == self._segment:
             seconds = 1e-9 * (frame.stamp_ns - newest.stamp_ns)
             flow = tracks.flow_px / frame.image.shape[1]
-            interval = 1e-9 * (frame.stamp_ns - self._last_stamp_ns)
-            decision = gate(self.config.window, flow, tracks.survival, seconds, interval, self._is_starting)
+            is_next = newest.frame_index == self._num_frames - 1
+            decision = gate(self.config.window, flow, tracks.survival, seconds, is_next, self._is_starting)
         if decision is not Gate.KEYFRAME:
             return decision, None
         corners = describe(gray, frame.camera, self.config.loops.corners)

@@ -15,8 +15,6 @@ from spark3r_ros.config import WindowConfig
 if TYPE_CHECKING:
     from spark3r_ros.places import Corners, Place
 
-FADES = 0.75  # of the features kept from frame to frame; with fewer the next frame is thought of too
-
 
 class Gate(Enum):
     """What becomes of a frame."""
@@ -27,27 +25,25 @@ class Gate(Enum):
 
 
 def gate(
-    config: WindowConfig, flow: float, survival: float, seconds: float, interval: float = 0.0, starting: bool = False
+    config: WindowConfig, flow: float, survival: float, seconds: float, is_next: bool = False, starting: bool = False
 ) -> Gate:
     """Decide about one frame.
 
-    Where each frame shows much less of the last keyframe than the one before (slow streams, fast turns), the next may
-    show too little to be placed: so what counts is what that one will show, if features go on being lost as fast.
+    The frame right after a keyframe tells how fast features are lost: the one after it will show the square of its
+    share. In slow streams and fast turns that may be too little to be placed, so there it is what counts.
 
     Args:
         config: thresholds.
         flow: median optical flow since the last keyframe, as a share of the image width.
         survival: share of the last keyframe's features that are still tracked.
         seconds: time since the last keyframe.
-        interval: seconds since the frame before.
+        is_next: the frame before is the last keyframe.
         starting: no window is solved yet and all frames wait for one.
     """
     far, late = config.keyframe_flow, config.max_keyframe_interval
     if starting:
         far, late = min(far, config.first_flow), min(late, config.first_seconds)
-    moves = interval > 0 and flow >= config.static_flow
-    kept = survival ** (interval / seconds) if moves else 1.0  # from one frame to the next
-    shown = survival * kept if kept < FADES else survival
+    shown = survival**2 if is_next and flow >= config.static_flow else survival
     if shown < config.min_survival or flow >= far:
         return Gate.KEYFRAME
     if flow < config.static_flow:
