@@ -86,7 +86,7 @@ class WindowConfig(_Group):
     )  # fmt: skip
     min_survival: float = param(
         0.35, "a frame is a keyframe when fewer of the last one's features than this share are still in view, or, "
-        "right after it, will be in the next frame",
+        "where frames come 0.3 s apart or more, will be in the one after the first",
         ge=0.0, le=1.0, dynamic=True,
     )  # fmt: skip
     max_pending: int = param(300, "frames that may wait for the first window to be full", ge=1, le=100000)

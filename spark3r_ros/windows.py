@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spark3r_ros.config import WindowConfig
+from spark3r_ros.tracks import SLOW_S
 
 if TYPE_CHECKING:
     from spark3r_ros.places import Corners, Place
@@ -30,7 +31,7 @@ def gate(
     """Decide about one frame.
 
     The frame right after a keyframe tells how fast features are lost: the one after it will show the square of its
-    share. In slow streams and fast turns that may be too little to be placed, so there it is what counts.
+    share. Where frames come slowly that may be too little to be placed, so there it is what counts.
 
     Args:
         config: thresholds.
@@ -43,7 +44,8 @@ def gate(
     far, late = config.keyframe_flow, config.max_keyframe_interval
     if starting:
         far, late = min(far, config.first_flow), min(late, config.first_seconds)
-    shown = survival**2 if is_next and flow >= config.static_flow else survival
+    looks_ahead = is_next and seconds >= SLOW_S and flow >= config.static_flow
+    shown = survival**2 if looks_ahead else survival
     if shown < config.min_survival or flow >= far:
         return Gate.KEYFRAME
     if flow < config.static_flow:

@@ -50,16 +50,17 @@ def test_gate(flow, survival, seconds, expected):
 
 
 @pytest.mark.parametrize(
-    ("flow", "survival", "is_next", "expected"),
+    ("flow", "survival", "seconds", "is_next", "expected"),
     [
-        (0.05, 0.55, True, Gate.KEYFRAME),  # the next one would show 0.3
-        (0.05, 0.65, True, Gate.MOVING),  # 0.42
-        (0.05, 0.36, False, Gate.MOVING),  # what it loses it has lost over several frames
-        (0.0, 0.55, True, Gate.STATIC),  # something passes by a camera that stands still
+        (0.05, 0.55, 0.5, True, Gate.KEYFRAME),  # the next one would show 0.3
+        (0.05, 0.65, 0.5, True, Gate.MOVING),  # 0.42
+        (0.05, 0.36, 0.5, False, Gate.MOVING),  # what it loses it has lost over several frames
+        (0.05, 0.55, 0.1, True, Gate.MOVING),  # a fast stream waits
+        (0.0, 0.55, 0.5, True, Gate.STATIC),  # something passes by a camera that stands still
     ],
 )
-def test_right_after_a_keyframe_it_looks_ahead(flow, survival, is_next, expected):
-    assert gate(CONFIG, flow, survival, 0.5, is_next) is expected
+def test_slow_streams_look_ahead(flow, survival, seconds, is_next, expected):
+    assert gate(CONFIG, flow, survival, seconds, is_next) is expected
 
 
 @settings(max_examples=100, deadline=None)
