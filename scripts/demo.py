@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """The main job from end to end: a rendered camera stream through real DDS into the real node, measured.
 
-usage: make demo                      (or: .venv/bin/python -m scripts.demo [RECORDING] [--offline] [--out DIR])
+usage: make demo           (or: .venv/bin/python -m scripts.demo [RECORDING | --hall IMAGES] [--offline] [--out DIR])
 
-Without arguments it renders a camera moving through a textured room (once, kept in out/demo), with exact poses. A
-recording of your own is a bag, or anything else that `spark3r map` takes, which is made a bag first. The node is a
-process of its own; this process plays the bag, listens to what the node publishes, and compares. ``--offline`` sends
-the same recording through `spark3r map` afterwards.
+Without arguments it renders a camera moving through a textured room (once, kept in out/demo), with exact poses; with
+--hall a longer way round a larger hall. A recording of your own is a bag, or anything else that `spark3r map` takes,
+which is made a bag first. The node is a process of its own; this process plays the bag, listens to what the node
+publishes, and compares. ``--offline`` sends the same recording through `spark3r map` afterwards.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROFILE = ROOT / "config" / "fastdds_shm.xml"
 NODE, IMAGES = "/spark3r", "/camera/image_raw"
 NUM_FRAMES, RATE_HZ, WIDTH, HEIGHT = 240, 10, 640, 480
+HALL_ROUND = 2000  # images
 FIRST_STAMP_NS = 1_700_000_000_123_456_789
 SILENCE_S = 90.0  # without any news: the node is stuck
 
@@ -50,27 +51,35 @@ class DemoError(RuntimeError):
 # ---- the recording ---------------------------------------------------------------------------------------------------
 
 
-def rendered(num_frames: int = NUM_FRAMES) -> Iterator[tuple[Frame, np.ndarray]]:
-    """Frames of a camera on its way around a room, with their exact T_world_camera."""
+def rendered(num_frames: int = NUM_FRAMES, hall: bool = False) -> Iterator[tuple[Frame, np.ndarray]]:
+    """Frames of a camera on its way around a room or through a hall, with their exact T_world_camera."""
     from training.paths import camera_path
     from training.scenes import Scene, camera_matrix
 
-    scene, K = Scene(7, "room"), camera_matrix(WIDTH, HEIGHT, 75)
+    if hall:
+        whole = max(num_frames, HALL_ROUND)
+        poses = camera_path("circuit", whole, 5, whole / HALL_ROUND)[:num_frames]
+        scene, K = Scene(5, "hall"), camera_matrix(WIDTH, HEIGHT, 70)
+    else:
+        poses = camera_path("orbit", num_frames, seed=7)
+        scene, K = Scene(7, "room"), camera_matrix(WIDTH, HEIGHT, 75)
     camera = CameraModel(WIDTH, HEIGHT, K)
-    for i, T_world_camera in enumerate(camera_path("orbit", num_frames, seed=7)):
+    for i, T_world_camera in enumerate(poses):
         image, _ = scene.render(T_world_camera, K, WIDTH, HEIGHT)
         yield Frame(FIRST_STAMP_NS + i * sources.NS_PER_S // RATE_HZ, image, "camera", camera), T_world_camera
 
 
-def sample(folder: Path) -> tuple[Path, Path]:
-    """The rendered bag and its true trajectory, made when missing."""
-    bag, truth = folder / "room", folder / "room_truth.tum"
+def sample(folder: Path, hall: int = 0) -> tuple[Path, Path]:
+    """The rendered bag and its true trajectory, made when missing: of a room, or so many images of a hall."""
+    name, count = (f"hall_{hall}", hall) if hall else ("room", NUM_FRAMES)
+    bag, truth = folder / name, folder / f"{name}_truth.tum"
     if bag.exists() and truth.exists():
         return bag, truth
     poses = []
 
     def frames() -> Iterator[Frame]:
-        for frame, T_world_camera in tqdm(rendered(), total=NUM_FRAMES, unit="frame", desc="rendering the sample"):
+        shown = tqdm(rendered(count, bool(hall)), total=count, unit="frame", desc="rendering the sample")
+        for frame, T_world_camera in shown:
             poses.append((frame.stamp_ns, T_world_camera))
             yield frame
 
@@ -417,12 +426,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     what = "rosbag2 with /camera/image_raw, folder of images or video; default: a rendered room"
     parser.add_argument("recording", nargs="?", type=Path, help=what)
+    parser.add_argument("--hall", type=int, default=0, metavar="IMAGES", help="a rendered hall instead, of so many")
     parser.add_argument("--truth", type=Path, help="TUM file to compare with; default: poses.txt in the recording")
     parser.add_argument("--offline", action="store_true", help="then the same through `spark3r map`")
     parser.add_argument("--rate", type=float, default=1.0, help="2.0 is twice as fast as recorded")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo", help="where the results go")
     parser.add_argument("--set", action="append", default=[], metavar="NAME:=VALUE", help="a parameter of the node")
     options = parser.parse_args()
+    if options.hall < 0 or (options.hall and options.recording):
+        parser.error(f"--hall takes the number of images to render, and no recording beside it; got {options.hall}")
     with prepare_ros(options.out):
         print(f"ROS_DOMAIN_ID={os.environ['ROS_DOMAIN_ID']}, to look on from another terminal")
         run(options)
@@ -433,7 +445,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         if options.recording is None:
-            bag, truth = sample(options.out)
+            bag, truth = sample(options.out, options.hall)
             recording = bag
         else:
             recording, truth = options.recording, options.truth or known_truth(options.recording)

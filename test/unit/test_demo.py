@@ -46,19 +46,36 @@ def test_the_error_is_in_metres_of_the_truth():
 
 def test_the_sample_is_rendered_once(tmp_path, monkeypatch):
     frames = list(demo.rendered(3))
-    monkeypatch.setattr(demo, "rendered", lambda: iter(frames))
+    monkeypatch.setattr(demo, "rendered", lambda count, hall: iter(frames))
     bag, truth = demo.sample(tmp_path)
     written = [frame.stamp_ns for frame in open_source(bag)]
     assert [stamp for stamp, _ in export.read_tum(truth)] == written == [frame.stamp_ns for frame, _ in frames]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["room", "room_truth.tum"]
-    monkeypatch.setattr(demo, "rendered", lambda: pytest.fail("rendered again"))
+    monkeypatch.setattr(demo, "rendered", lambda count, hall: pytest.fail("rendered again"))
     assert demo.sample(tmp_path) == (bag, truth)
     odometry = [(written[0], np.eye(4)), (written[2] + 7, np.eye(4))]
     assert demo.largest_stamp_difference(written, odometry) == 7
 
 
+def test_the_hall_is_another_sample(tmp_path):
+    bag, truth = demo.sample(tmp_path, 2)
+    room, hall = (next(iter(demo.rendered(1, hall)))[0] for hall in (False, True))
+    assert (bag.name, truth.name) == ("hall_2", "hall_2_truth.tum")
+    np.testing.assert_array_equal(next(iter(open_source(bag))).image, hall.image)
+    assert not np.array_equal(room.image, hall.image)
+
+
+@pytest.mark.parametrize("words", [["--hall", "-1"], ["--hall", "3", "recording"]])
+def test_a_hall_is_a_number_of_images(words, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["demo", *words])
+    with pytest.raises(SystemExit) as end:
+        demo.main()
+    assert end.value.code == 2
+    assert "--hall takes the number of images" in capsys.readouterr().err
+
+
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
-    def full(folder):
+    def full(folder, hall):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(demo, "sample", full)
