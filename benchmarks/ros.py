@@ -78,11 +78,15 @@ def node_alone() -> None:
 
     T, covariance, state = np.eye(4), np.eye(6) * 1e-4, TrackingState.TRACKING
     scale = ScaleEstimate(0.0, 0.01, "depth")
+    nothing = Update(T_map_odom=T, state=state, scale=scale)
 
     class Still(fake_reconstructor()):  # type: ignore[misc]
-        def push(self, frame: Any) -> Update:
+        def track(self, frame: Any) -> Update:
             pose = FramePose(frame.stamp_ns, frame.frame_id, T, T, covariance, state)
             return Update(poses=(pose,), T_map_odom=T, state=state, scale=scale)
+
+        def update_map(self) -> Update:
+            return nothing
 
     main(["--ros-args", "-p", "base_frame:=''"], make_reconstructor=Still)
 
