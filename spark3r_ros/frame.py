@@ -142,7 +142,7 @@ class WindowReport:
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """Everything that one pushed frame caused, in output units (metres when ``scale.is_metric``)."""
+    """What one frame caused, in output units (metres when ``scale.is_metric``)."""
 
     poses: tuple[FramePose, ...] = ()
     points: PointBatch | None = None

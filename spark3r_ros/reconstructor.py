@@ -65,7 +65,7 @@ from spark3r_ros.windows import DepthMap, Gate, Keyframe, Window, gate
 
 __all__ = ["FrameError", "MapFileError", "Reconstructor"]
 
-LAG_NS = 400_000_000  # how long the network may work beside the stream before a frame waits for it
+LAG_NS = 400_000_000  # how long the network may work beside the stream before the stream waits for it
 DENSE_LAG_NS = 500_000_000  # and dense depth after it; the frames behind the join catch up meanwhile
 PIECE_NS = 100_000_000  # of a window's further way into the map, one piece is done per so much time between frames
 SIGHTED_SIGMA = 0.01  # rad and share of the scene's distance, of a pose from recognised corners
@@ -187,7 +187,7 @@ class Reconstructor:
     # -- the method ----------------------------------------------------------------------------------------------
 
     def push(self, frame: Frame) -> Update:
-        """Take one frame: ``track``, then ``update_map``; returns what both of them say.
+        """Take one frame: ``track``, then ``update_map``; returns what both of them say, ``T_map_odom`` as it is after.
 
         Raises:
             FrameError: the frame cannot be used; the stream goes on without it.

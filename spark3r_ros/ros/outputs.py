@@ -87,6 +87,8 @@ class Outputs:
     def publish(self, update: Update, reconstruction: Reconstructor) -> None:
         """Send what one frame caused; the first updates wait until the camera's place on the robot is known."""
         self._stats.state, self._stats.scale = update.state, update.scale
+        if not (update.poses or update.window is not None or update.map_changed):
+            return  # most frames change no map: nothing to send, or to keep room for
         self._pending.append(update)
         if self._flush():
             self.refresh(reconstruction)

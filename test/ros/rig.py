@@ -76,6 +76,7 @@ class Rig:
         self._is_closed = True
         if self.node._entities:
             self.fake.gate.set()
+            self.fake.map_gate.set()
         self.executor.shutdown()
         self._thread.join()
         self.node.close()

@@ -9,7 +9,7 @@ from rig import CAMERA, MS, matrix, now_ns, statuses
 from tf2_msgs.msg import TFMessage
 
 from spark3r_ros import geometry
-from spark3r_ros.ros import conversions, optional, stamps
+from spark3r_ros.ros import conversions, optional, outputs, stamps
 from spark3r_ros.ros.placement import T_BODY_OPTICAL
 from spark3r_ros.ros.tf import OwnBuffer, Tf2Buffer, TransformError
 
@@ -303,6 +303,18 @@ def test_a_late_base_is_waited_for(rig):
     r.until(lambda: len(odometry) == 4)
     assert [stamps.to_ns(m.header.stamp) for m in odometry] == sent
     assert {m.child_frame_id for m in odometry} == {"base_link"}
+
+
+def test_updates_that_say_nothing_take_no_room_from_poses_that_wait(rig, monkeypatch):
+    monkeypatch.setattr(outputs, "_MOST_PENDING", 4)
+    r = rig(base_frame="base_link", base_wait=20.0)
+    odometry = r.listen(Odometry, "/spark3r/odometry")
+    sent = r.send(4, wait=False)
+    r.until(lambda: r.fake.frames and r.fake.frames[-1].stamp_ns == sent[-1])
+    r.send_tf(("base_link", CAMERA, 0, T_BASE_CAMERA), static=True)
+    sent += r.send(1)
+    r.until(lambda: len(odometry) == 5)
+    assert [stamps.to_ns(m.header.stamp) for m in odometry] == sent
 
 
 def test_a_camera_with_another_parent_gets_no_second_one(rig):
