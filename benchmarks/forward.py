@@ -82,7 +82,7 @@ def measure(name: str, lengths: list[int], device: str) -> list[Row]:
         add(length, "dense", lambda images=images: backbone(images))
         add(length, "spark3r", lambda images=images: backbone(images, reduction=ReductionConfig()))
     images = torch.rand(WINDOW, 3, height, width, device=device)
-    context = backbone.new_context(ContextConfig(), height, width)
+    context = backbone.new_context(ContextConfig(budget_mb=4096), height, width)  # room for any model
     for number in range(8):
         backbone(images, context=context)
         context.commit(range(WINDOW), range(number * WINDOW, (number + 1) * WINDOW))
