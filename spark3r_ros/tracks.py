@@ -1,15 +1,16 @@
 """Feature tracks: which pixel of this frame shows the same point as which pixel of earlier frames.
 
-Corners are followed from frame to frame by pyramidal Lucas-Kanade with a forward-backward check and then settled on
-their patch in the last keyframe, so that errors do not add up in between. When too few survive (wide baseline, fast
-rotation, blur) SIFT descriptors find the points of the last keyframes again, in the image at half of its size while
-frames come fast and that suffices; such finds may name points of an earlier keyframe that nobody had asked for, which
-is what ``Tracks.late`` reports.
+Corners are followed from frame to frame by pyramidal Lucas-Kanade, which starts where dense flow between thumbnails
+says, with a check backwards that starts from the flow back; then they are settled on their patch in the last keyframe,
+so that errors do not add up in between. When too few survive (blur, a jump), matched ORB corners tell where to look for
+the points of the last keyframes. Where frames come slowly baselines are wide: SIFT descriptors find the points again;
+such finds may name points of an earlier keyframe that nobody had asked for, which is what ``Tracks.late`` reports.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import cv2
@@ -20,19 +21,24 @@ from spark3r_ros.config import RefineConfig
 from spark3r_ros.frame import CameraModel
 
 _WINDOW = (17, 17)
-_LEVELS = 4
+_LEVELS = 4  # of the pyramid above the image itself, where nothing says where to look
+_GUIDED_LEVELS = 1  # where something does: more only find what looks alike
+_THUMBNAIL = (80, 60)  # pixels: for dense flow
+_CORNERS, _CORNERS_SCALE = 500, 0.5  # that guide from a keyframe: how many, in an image of which size
+_GUIDES = 3  # nearest matches that say how a point has moved
 _STOP = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 20, 0.02)
 _FORWARD_BACKWARD_PX = 0.8
 _SETTLE_PX = 2.0  # a point that its keyframe patch moves further than this is kept where the chain left it
 _EPIPOLAR_PX = 1.5
 _MIN_MATCHES = 16
-_ENOUGH_MATCHES = 60  # with the last keyframe, in the smaller image; with fewer the whole image is searched
-_SMALLER = 0.5  # of the size: a quarter of the time, and a fast camera blurs what is lost
-SLOW_S = 0.3  # seconds between frames that leave time, and bring baselines, for the whole image at once
+SLOW_S = 0.3  # seconds between frames that leave time, and bring baselines, for descriptors of the whole image
 _KEPT_KEYFRAMES = 6  # that descriptors are compared with
 _DESCRIBED_LATE = 2  # of them that get descriptors when none were needed at their time
 _GRID = (8, 6)
 _MAX_MOTION_INTERVAL = 0.2  # seconds between frames beyond which their difference is no velocity
+
+
+_Field = Callable[[np.ndarray], np.ndarray]  # how pixels [N, 2] move [N, 2]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +75,7 @@ class _Keyframe:
     ids: np.ndarray  # [N] ascending
     uv: np.ndarray  # [N, 2]
     features: _Features | None = None
+    corners: tuple[np.ndarray, np.ndarray] | None = None  # see ``_corners``
 
 
 @dataclass(eq=False)
@@ -87,11 +94,12 @@ class FeatureTracker:
     def __init__(self, config: RefineConfig, camera: CameraModel | None = None) -> None:
         self._config = config
         self._camera = camera
+        self._dense_flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
+        self._orb = cv2.ORB.create(_CORNERS, nlevels=4, fastThreshold=7)
         self._sift = cv2.SIFT.create(nfeatures=2 * config.features, contrastThreshold=0.02)
         self._gray: np.ndarray | None = None
         self._ids = np.zeros(0, np.int64)
         self._uv = np.zeros((0, 2))
-        self._velocity = np.zeros((0, 2))
         self._features: _Features | None = None  # of the current frame, when descriptors were needed
         self._keyframes: deque[_Keyframe] = deque(maxlen=_KEPT_KEYFRAMES)
         self._next_id = 0
@@ -113,8 +121,11 @@ class FeatureTracker:
         if previous is not None and self._keyframes:
             ids, uv = self._ids, self._uv
             self._follow(previous, gray)
-            if len(self._ids) < max(self._config.min_survival * len(ids), _MIN_MATCHES * 2):
-                late = self._match(gray, _SMALLER if 0 < seconds < SLOW_S else 1.0)
+            enough = max(self._config.min_survival * len(ids), _MIN_MATCHES * 2)
+            if len(self._ids) < enough and 0 < seconds < SLOW_S:
+                self._find_again(gray, enough)
+            elif len(self._ids) < enough:
+                late = self._match(gray)
                 if self._keyframes[-1].gray is previous:
                     ids, uv = _with_late(ids, uv, late, self._keyframes[-1].id)
             self._measure_motion(ids, uv, seconds)
@@ -164,14 +175,69 @@ class FeatureTracker:
     # Following
 
     def _follow(self, previous: np.ndarray, gray: np.ndarray) -> None:
-        uv, good = _flow(previous, gray, self._uv, self._uv + self._velocity)
-        if not good.all():  # the motion was not constant: try again from standstill
+        there, back = self._coarse_flow(previous, gray), self._coarse_flow(gray, previous)
+        uv, good = _flow(previous, gray, self._uv, self._uv + there(self._uv), _GUIDED_LEVELS, back)
+        if not good.all():  # near things, which thumbnails do not show: try again from standstill
             again, good_again = _flow(previous, gray, self._uv[~good], self._uv[~good])
             uv[~good], good[~good] = again, good_again
-        velocity = uv - self._uv
-        self._keep(good, uv, velocity)
+        self._keep(good, uv)
         self._settle(gray)
         self._reject_outliers()
+
+    def _coarse_flow(self, image0: np.ndarray, image1: np.ndarray) -> _Field:
+        """Where pixels move between small versions of two images: a camera that turns moves everything far."""
+        height, width = image0.shape
+        scale = min(1.0, max(_THUMBNAIL[0] / width, _THUMBNAIL[1] / height))
+        size = (round(width * scale), round(height * scale))
+        small = [cv2.resize(image, size, interpolation=cv2.INTER_AREA) for image in (image0, image1)]
+        flow = self._dense_flow.calc(small[0], small[1], None)  # type: ignore[call-overload]
+
+        def field(uv: np.ndarray) -> np.ndarray:
+            x, y = np.round((uv + 0.5) * scale - 0.5).clip(0, [size[0] - 1, size[1] - 1]).astype(int).T
+            return np.asarray(flow[y, x] / scale)
+
+        return field
+
+    def _find_again(self, gray: np.ndarray, enough: float) -> None:
+        """Follow the points of the last keyframes from there, to where matched corners near them have moved."""
+        here = self._corners(gray)
+        for keyframe in reversed(self._keyframes):
+            if keyframe.corners is None:
+                keyframe.corners = self._corners(keyframe.gray)
+            lost = ~np.isin(keyframe.ids, self._ids)
+            ids, uv0 = keyframe.ids[lost], keyframe.uv[lost]
+            moved = self._moved(keyframe.corners, here, uv0)
+            if moved is not None:
+                uv, good = _flow(keyframe.gray, gray, uv0, uv0 + moved, _GUIDED_LEVELS)
+                self._put(np.concatenate([self._ids, ids[good]]), np.concatenate([self._uv, uv[good]]))
+            if len(self._ids) >= enough:
+                break
+        self._reject_outliers()
+
+    def _corners(self, gray: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """ORB corners [N, 2] of an image and their descriptors [N, 32]."""
+        small = cv2.resize(gray, None, fx=_CORNERS_SCALE, fy=_CORNERS_SCALE, interpolation=cv2.INTER_AREA)
+        keypoints, descriptors = self._orb.detectAndCompute(small, None)
+        uv = (np.array([k.pt for k in keypoints], dtype=float).reshape(-1, 2) + 0.5) / _CORNERS_SCALE - 0.5
+        return uv, np.zeros((0, 32), np.uint8) if descriptors is None else descriptors
+
+    def _moved(
+        self, there: tuple[np.ndarray, np.ndarray], here: tuple[np.ndarray, np.ndarray], uv: np.ndarray
+    ) -> np.ndarray | None:
+        """How the points ``uv`` [N, 2] have moved [N, 2]: as the matched corners nearest to them. None: none match."""
+        if min(len(there[0]), len(here[0])) < _MIN_MATCHES:
+            return None
+        matches = cv2.BFMatcher(cv2.NORM_HAMMING, crossCheck=True).match(there[1], here[1])
+        uv0, uv1 = there[0][[m.queryIdx for m in matches]], here[0][[m.trainIdx for m in matches]]
+        if len(uv0) < _MIN_MATCHES:
+            return None
+        inlier = self._epipolar_inliers(uv0, uv1)
+        if inlier.sum() < _MIN_MATCHES:
+            return None
+        uv0, uv1 = uv0[inlier], uv1[inlier]
+        distance = np.linalg.norm(uv[:, None] - uv0[None], axis=2)
+        nearest = np.argpartition(distance, _GUIDES, axis=1)[:, :_GUIDES]
+        return np.asarray(np.median((uv1 - uv0)[nearest], axis=1))
 
     def _settle(self, gray: np.ndarray) -> None:
         """Move points to where they match their patch in the last keyframe best."""
@@ -193,7 +259,7 @@ class FeatureTracker:
         inlier = self._epipolar_inliers(last.uv[there], self._uv[here])
         keep = np.ones(len(self._ids), bool)
         keep[here[~inlier]] = False
-        self._keep(keep, self._uv, self._velocity)
+        self._keep(keep, self._uv)
 
     def _epipolar_inliers(self, uv0: np.ndarray, uv1: np.ndarray) -> np.ndarray:
         """[N] bool: matches that agree with one fundamental matrix."""
@@ -205,8 +271,13 @@ class FeatureTracker:
             return np.ones(len(uv0), bool)
         return np.zeros(len(uv0), bool) if mask is None else mask.ravel().astype(bool)
 
-    def _keep(self, keep: np.ndarray, uv: np.ndarray, velocity: np.ndarray) -> None:
-        self._ids, self._uv, self._velocity = self._ids[keep], uv[keep], velocity[keep]
+    def _keep(self, keep: np.ndarray, uv: np.ndarray) -> None:
+        self._ids, self._uv = self._ids[keep], uv[keep]
+
+    def _put(self, ids: np.ndarray, uv: np.ndarray) -> None:
+        """Make these the points, in order of their numbers."""
+        order = np.argsort(ids, kind="stable")
+        self._ids, self._uv = ids[order], uv[order]
 
     # New points
 
@@ -249,7 +320,6 @@ class FeatureTracker:
         ids = np.arange(self._next_id, self._next_id + len(uv), dtype=np.int64)
         self._next_id += len(uv)
         self._ids, self._uv = np.concatenate([self._ids, ids]), np.concatenate([self._uv, uv])
-        self._velocity = np.concatenate([self._velocity, np.zeros((len(uv), 2))])
         return ids
 
     def _adopt_features(self, features: _Features) -> None:
@@ -260,34 +330,25 @@ class FeatureTracker:
 
     # Wide baselines
 
-    def _match(self, gray: np.ndarray, scale: float) -> tuple[LateMatches, ...]:
-        """Find the points of the last keyframes by their descriptors, in the image at a ``scale`` of its size."""
-        here, pairs = self._compare(gray, scale)
-        if scale < 1.0 and (len(pairs) == 0 or len(pairs[0][1]) < _ENOUGH_MATCHES):
-            here, pairs = self._compare(gray, 1.0)
-        self._features = here
-        late = [_claim(here, keyframe, matches) for keyframe, matches in pairs]
-        self._take_over(here)
-        return tuple(found for found in late if len(found.ids))
-
-    def _compare(self, gray: np.ndarray, scale: float) -> tuple[_Features, list[tuple[_Keyframe, np.ndarray]]]:
-        """Features of an image at a share of its size, and the pairs of them with those of the last keyframes."""
-        here = self._extract(gray, scale)
+    def _match(self, gray: np.ndarray) -> tuple[LateMatches, ...]:
+        """Find the points of the last keyframes by their descriptors."""
+        self._features = here = self._extract(gray)
         pairs = []
         for age, keyframe in enumerate(reversed(self._keyframes)):
             if keyframe.features is None and age < _DESCRIBED_LATE:
-                keyframe.features = self._extract(keyframe.gray, scale)
+                keyframe.features = self._extract(keyframe.gray)
                 count = len(keyframe.features.ids)
                 keyframe.features.ids = np.arange(self._next_id, self._next_id + count, dtype=np.int64)
                 self._next_id += count
             if keyframe.features is not None:
                 pairs.append((keyframe, self._match_features(here, keyframe.features)))
-        return here, pairs
+        late = [_claim(here, keyframe, matches) for keyframe, matches in pairs]
+        self._take_over(here)
+        return tuple(found for found in late if len(found.ids))
 
-    def _extract(self, gray: np.ndarray, scale: float) -> _Features:
-        small = gray if scale == 1.0 else cv2.resize(gray, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        keypoints, descriptors = self._sift.detectAndCompute(small, None)
-        uv = (np.array([k.pt for k in keypoints], dtype=float).reshape(-1, 2) + 0.5) / scale - 0.5
+    def _extract(self, gray: np.ndarray) -> _Features:
+        keypoints, descriptors = self._sift.detectAndCompute(gray, None)
+        uv = np.array([k.pt for k in keypoints], dtype=float).reshape(-1, 2)
         if len(uv) == 0:
             return _Features(uv, np.zeros((0, 128), np.float32), np.zeros(0, np.int64), np.zeros(0, bool))
         _, first = np.unique(np.round(uv, 1), axis=0, return_index=True)  # one orientation per place
@@ -322,15 +383,9 @@ class FeatureTracker:
         ids, uv = here.ids[numbered], here.uv[numbered]
         if len(ids) == 0:
             return
-        order = np.argsort(ids, kind="stable")
-        ids, uv = ids[order], uv[order]
-        apart = ~np.isin(self._ids, ids)
         distance = np.linalg.norm(self._uv[:, None] - uv[None], axis=2).min(axis=1)
-        apart &= distance > 3.0
-        ids, uv = np.concatenate([self._ids[apart], ids]), np.concatenate([self._uv[apart], uv])
-        order = np.argsort(ids, kind="stable")
-        self._ids, self._uv = ids[order], uv[order]
-        self._velocity = np.zeros_like(self._uv)
+        apart = ~np.isin(self._ids, ids) & (distance > 3.0)
+        self._put(np.concatenate([self._ids[apart], ids]), np.concatenate([self._uv[apart], uv]))
 
 
 def _with_late(
@@ -357,23 +412,31 @@ def _claim(here: _Features, keyframe: _Keyframe, matches: np.ndarray) -> LateMat
 
 
 def _flow(
-    image0: np.ndarray, image1: np.ndarray, uv0: np.ndarray, guess: np.ndarray, levels: int = _LEVELS
+    image0: np.ndarray,
+    image1: np.ndarray,
+    uv0: np.ndarray,
+    guess: np.ndarray,
+    levels: int = _LEVELS,
+    back: _Field | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions [N, 2] in image1 of the points uv0 [N, 2] and whether they came back to where they started [N]."""
+    """Positions [N, 2] in image1 of the points uv0 [N, 2] and whether they came back to where they started [N].
+
+    The way back starts as the field ``back`` says, or with the step that ``guess`` was, undone.
+    """
     if len(uv0) == 0:
         return np.zeros((0, 2)), np.zeros(0, bool)
-    p0 = np.ascontiguousarray(uv0, dtype=np.float32).reshape(-1, 1, 2)
-    flags = cv2.OPTFLOW_USE_INITIAL_FLOW
-    start = np.ascontiguousarray(guess, dtype=np.float32).reshape(-1, 1, 2)
-    p1, found, _ = cv2.calcOpticalFlowPyrLK(
-        image0, image1, p0, start.copy(), winSize=_WINDOW, maxLevel=levels, criteria=_STOP, flags=flags
-    )
-    back, found_back, _ = cv2.calcOpticalFlowPyrLK(
-        image1, image0, p1, (p1 - start + p0).copy(), winSize=_WINDOW, maxLevel=levels, criteria=_STOP, flags=flags
-    )
-    uv1 = p1.reshape(-1, 2).astype(float)
-    error = np.linalg.norm((back - p0).reshape(-1, 2), axis=1)
+
+    def follow(a: np.ndarray, b: np.ndarray, uv: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        uv, start = (np.ascontiguousarray(x, dtype=np.float32).reshape(-1, 1, 2) for x in (uv, start))
+        moved, found, _ = cv2.calcOpticalFlowPyrLK(
+            a, b, uv, start,
+            winSize=_WINDOW, maxLevel=levels, criteria=_STOP, flags=cv2.OPTFLOW_USE_INITIAL_FLOW,
+        )  # fmt: skip
+        return moved.reshape(-1, 2).astype(float), found.ravel() > 0
+
+    uv1, found = follow(image0, image1, uv0, guess)
+    again, found_back = follow(image1, image0, uv1, uv1 + (uv0 - guess if back is None else back(uv1)))
+    error = np.linalg.norm(again - uv0, axis=1)
     height, width = image1.shape
     inside = (uv1 > 1).all(axis=1) & (uv1[:, 0] < width - 2) & (uv1[:, 1] < height - 2)
-    good = (found.ravel() > 0) & (found_back.ravel() > 0) & (error < _FORWARD_BACKWARD_PX) & inside
-    return uv1, good
+    return uv1, found & found_back & (error < _FORWARD_BACKWARD_PX) & inside
