@@ -21,7 +21,8 @@ from spark3r_ros.refine.landmarks import LandmarkTable, first_inverse_depth
 from spark3r_ros.refine.pose import Landmarks, align_rays, fit_pose
 
 _MIN_COMMON = 30  # tracks of an image pair
-_MAX_PAIRS = 4
+_MAX_PAIRS = 2  # four end no better (96 rendered windows) and cost up to half as much again
+_PLACED_TOGETHER = 3  # frames that join a chain between two adjustments
 _START_POINTS = 250  # tracks that starts are compared on
 _SAME_COST = 1.01  # starts that end within 1 % of the lowest cost have ended in the same place
 _RAY_THRESHOLD = 0.02  # radians
@@ -166,7 +167,7 @@ def rays(uv: np.ndarray, K: np.ndarray) -> np.ndarray:
 def _chain(
     keyframes: Sequence[Keyframe], K: np.ndarray, first: int, second: int, T_first_second: np.ndarray
 ) -> np.ndarray:
-    """Poses [S, 4, 4] of all keyframes from those of a pair: triangulate, pose the next best frame, adjust, repeat."""
+    """Poses [S, 4, 4] of all keyframes from those of a pair: triangulate, pose the next best frames, adjust, repeat."""
     T = rotation_chain(keyframes, K)
     T = inverse(T[first]) @ T
     T[second] = T_first_second
@@ -183,16 +184,15 @@ def _chain(
         support = np.bincount(assembled.problem.point, solution.residual_px < 4.0, len(assembled.ids))
         usable = (support >= 2) & (solution.depth_sigma < 0.5)
         rest = [i for i in range(len(keyframes)) if i not in posed]
-        seen = [int(np.isin(keyframes[i].ids, assembled.ids[usable]).sum()) for i in rest]
-        best = int(np.argmax(seen))
-        index = rest[best]
-        neighbour = min(posed, key=lambda i: abs(i - index))
-        guess = T[index].copy()
-        guess[:3, 3] = T[neighbour][:3, 3]
-        if seen[best] >= 8:
-            guess = _posed(keyframes[index], assembled, solution, usable, K, guess)
-        T[index] = guess
-        posed.append(index)
+        seen = {i: int(np.isin(keyframes[i].ids, assembled.ids[usable]).sum()) for i in rest}
+        for index in sorted(rest, key=lambda i: -seen[i])[:_PLACED_TOGETHER]:
+            neighbour = min(posed, key=lambda i: abs(i - index))
+            guess = T[index].copy()
+            guess[:3, 3] = T[neighbour][:3, 3]
+            if seen[index] >= 8:
+                guess = _posed(keyframes[index], assembled, solution, usable, K, guess)
+            T[index] = guess
+            posed.append(index)
     return T
 
 
