@@ -33,7 +33,7 @@ _EPIPOLAR_PX = 1.5
 _MIN_MATCHES = 16
 SLOW_S = 0.3  # seconds between frames that leave time, and bring baselines, for descriptors of the whole image
 _KEPT_KEYFRAMES = 6  # that descriptors are compared with
-_DESCRIBED_LATE = 2  # of them that get descriptors when none were needed at their time
+_DESCRIBED_LATE = 2  # of them that get corners or descriptors when none were needed at their time
 _GRID = (8, 6)
 _MAX_MOTION_INTERVAL = 0.2  # seconds between frames beyond which their difference is no velocity
 
@@ -201,7 +201,7 @@ class FeatureTracker:
     def _find_again(self, gray: np.ndarray, enough: float) -> None:
         """Follow the points of the last keyframes from there, to where matched corners near them have moved."""
         here = self._corners(gray)
-        for keyframe in reversed(self._keyframes):
+        for keyframe in list(self._keyframes)[: -_DESCRIBED_LATE - 1 : -1]:
             if keyframe.corners is None:
                 keyframe.corners = self._corners(keyframe.gray)
             lost = ~np.isin(keyframe.ids, self._ids)
