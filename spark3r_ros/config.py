@@ -160,7 +160,9 @@ class RefineConfig(_Group):
     mode: str = param("auto", "bundle adjustment of windows; auto: on for nano", choices=("auto", "on", "off"))
     dense: bool = param(True, "depth of keyframes from the flow between them; the network's depth is the prior")
     features: int = param(600, "points that are followed from frame to frame", ge=50, le=10000)
-    min_survival: float = param(0.4, "when fewer points survive a frame, descriptors look for them", ge=0.0, le=1.0)
+    min_survival: float = param(
+        0.4, "when fewer points survive a frame, corners or descriptors look for them", ge=0.0, le=1.0
+    )
     max_keyframes: int = param(40, "keyframes whose points are kept for tracking", ge=4, le=10000)
     match_ratio: float = param(0.8, "a match's descriptor distance must be below this share of the next best's",
         ge=0.1, le=1.0,
