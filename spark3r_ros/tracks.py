@@ -186,14 +186,12 @@ class FeatureTracker:
 
     def _coarse_flow(self, image0: np.ndarray, image1: np.ndarray) -> _Field:
         """Where pixels move between small versions of two images: a camera that turns moves everything far."""
-        height, width = image0.shape
-        scale = min(1.0, max(_THUMBNAIL[0] / width, _THUMBNAIL[1] / height))
-        size = (round(width * scale), round(height * scale))
-        small = [cv2.resize(image, size, interpolation=cv2.INTER_AREA) for image in (image0, image1)]
+        scale = np.array(_THUMBNAIL) / image0.shape[::-1]
+        small = [cv2.resize(image, _THUMBNAIL, interpolation=cv2.INTER_AREA) for image in (image0, image1)]
         flow = self._dense_flow.calc(small[0], small[1], None)  # type: ignore[call-overload]
 
         def field(uv: np.ndarray) -> np.ndarray:
-            x, y = np.round((uv + 0.5) * scale - 0.5).clip(0, [size[0] - 1, size[1] - 1]).astype(int).T
+            x, y = np.round((uv + 0.5) * scale - 0.5).clip(0, np.array(_THUMBNAIL) - 1).astype(int).T
             return np.asarray(flow[y, x] / scale)
 
         return field

@@ -231,6 +231,16 @@ def test_an_unrelated_image_shares_no_points():
     assert blank.survival == 0.0
 
 
+@pytest.mark.parametrize("shape", [(16, 16), (16, 640), (640, 16), (100, 3000)])
+def test_images_of_any_shape_are_tracked(shape):
+    noise = np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8)
+    tracker = FeatureTracker(CONFIG)
+    for i in range(3):
+        tracker.track(np.roll(cv2.GaussianBlur(noise, (0, 0), 1.5), i, axis=1), (i + 1) * 10**8)
+        tracker.set_keyframe(i)
+    assert tracker.track(255 - noise, 4 * 10**8).survival < 0.5
+
+
 def test_a_blank_image_gives_no_points():
     tracker = FeatureTracker(CONFIG)
     tracker.track(np.full((HEIGHT, WIDTH), 128, np.uint8))
