@@ -9,6 +9,7 @@ such finds may name points of an earlier keyframe that nobody had asked for, whi
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -175,7 +176,7 @@ class FeatureTracker:
     # Following
 
     def _follow(self, previous: np.ndarray, gray: np.ndarray) -> None:
-        there, back = self._coarse_flow(previous, gray), self._coarse_flow(gray, previous)
+        there, back = self._coarse_flow(previous, gray)
         uv, good = _flow(previous, gray, self._uv, self._uv + there(self._uv), _GUIDED_LEVELS, back)
         if not good.all():  # near things, which thumbnails do not show: try again from standstill
             again, good_again = _flow(previous, gray, self._uv[~good], self._uv[~good])
@@ -184,22 +185,26 @@ class FeatureTracker:
         self._settle(gray)
         self._reject_outliers()
 
-    def _coarse_flow(self, image0: np.ndarray, image1: np.ndarray) -> _Field:
-        """Where pixels move between small versions of two images: a camera that turns moves everything far."""
+    def _coarse_flow(self, image0: np.ndarray, image1: np.ndarray) -> tuple[_Field, _Field]:
+        """Where pixels move between thumbnails of two images, and back: a camera that turns moves everything far."""
         scale = np.array(_THUMBNAIL) / image0.shape[::-1]
-        small = [cv2.resize(image, _THUMBNAIL, interpolation=cv2.INTER_AREA) for image in (image0, image1)]
-        flow = self._dense_flow.calc(small[0], small[1], None)  # type: ignore[call-overload]
+        small0, small1 = (cv2.resize(image, _THUMBNAIL, interpolation=cv2.INTER_AREA) for image in (image0, image1))
 
-        def field(uv: np.ndarray) -> np.ndarray:
-            x, y = np.round((uv + 0.5) * scale - 0.5).clip(0, np.array(_THUMBNAIL) - 1).astype(int).T
-            return np.asarray(flow[y, x] / scale)
+        def field(source: np.ndarray, target: np.ndarray) -> _Field:
+            flow = self._dense_flow.calc(source, target, None)  # type: ignore[call-overload]
 
-        return field
+            def moved(uv: np.ndarray) -> np.ndarray:
+                x, y = np.round((uv + 0.5) * scale - 0.5).clip(0, np.array(_THUMBNAIL) - 1).astype(int).T
+                return np.asarray(flow[y, x] / scale)
+
+            return moved
+
+        return field(small0, small1), field(small1, small0)
 
     def _find_again(self, gray: np.ndarray, enough: float) -> None:
         """Follow the points of the last keyframes from there, to where matched corners near them have moved."""
         here = self._corners(gray)
-        for keyframe in list(self._keyframes)[: -_DESCRIBED_LATE - 1 : -1]:
+        for keyframe in itertools.islice(reversed(self._keyframes), _DESCRIBED_LATE):
             if keyframe.corners is None:
                 keyframe.corners = self._corners(keyframe.gray)
             lost = ~np.isin(keyframe.ids, self._ids)
@@ -243,7 +248,7 @@ class FeatureTracker:
         _, here, there = np.intersect1d(self._ids, last.ids, assume_unique=True, return_indices=True)
         if len(here) == 0:
             return
-        uv, good = _flow(last.gray, gray, last.uv[there], self._uv[here], levels=1)
+        uv, good = _flow(last.gray, gray, last.uv[there], self._uv[here], _GUIDED_LEVELS)
         good &= np.linalg.norm(uv - self._uv[here], axis=1) < _SETTLE_PX
         self._uv = self._uv.copy()
         self._uv[here[good]] = uv[good]
