@@ -51,9 +51,9 @@ def dense_depth(
         K: [3, 3] in pixels of H x W, of all views.
     """
     height, width = depth.shape
-    rays = unproject(np.ones((height, width)), K).reshape(-1, 3)
-    prior = 1.0 / np.maximum(depth.ravel().astype(float), 1e-6)
-    prior_sigma = np.maximum(expected_error(confidence.ravel()), _PRIOR_FLOOR)  # relative
+    rays = unproject(np.ones((height, width)), K).reshape(-1, 3).astype(np.float32)
+    prior = 1.0 / np.maximum(depth.ravel().astype(np.float32), 1e-6)
+    prior_sigma = np.maximum(expected_error(confidence.ravel().astype(np.float32)), _PRIOR_FLOOR)  # relative
     distance = float(np.median(depth))
     measured = [_measure(view, o, distance, rays, K) for o in _worth_comparing(view, others, depth, rays, K)]
     if not measured:
@@ -106,34 +106,38 @@ def _measure(
     brought = cv2.warpPerspective(
         other.gray, H, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE
     )
-    flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
-    flow.setFinestScale(0)
-    flow.setVariationalRefinementIterations(5)
-    forward = flow.calc(view.gray, brought, None)  # type: ignore[call-overload]
-    backward = flow.calc(brought, view.gray, None)  # type: ignore[call-overload]
+    forward, backward = _flow(view.gray, brought, 1), _flow(brought, view.gray, 0)
     v, u = np.mgrid[:height, :width].astype(np.float32)
     x, y = u + forward[..., 0], v + forward[..., 1]
     back = cv2.remap(backward, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    round_trip = np.hypot(forward[..., 0] + back[..., 0], forward[..., 1] + back[..., 1]).ravel()
-    seen = np.stack([x.ravel(), y.ravel(), np.ones(x.size)], axis=1) @ H.T  # pixels of the other image, homogeneous
+    round_trip = cv2.magnitude(forward[..., 0] + back[..., 0], forward[..., 1] + back[..., 1]).ravel()
+    found = np.stack([x.ravel(), y.ravel(), np.ones(x.size, np.float32)])  # [3, N] in the image that was brought here
+    qx, qy, qz = (np.linalg.inv(K) @ H).astype(np.float32) @ found  # rays of the other camera
+    far_x, far_y, far_z = T[:3, :3].astype(np.float32) @ rays.T  # the same without parallax
+    focal, centre, (tx, ty, tz) = K[[0, 1], [0, 1]].tolist(), K[:2, 2].tolist(), T[:3, 3].tolist()
     with np.errstate(divide="ignore", invalid="ignore"):
-        target = seen[:, :2] / seen[:, 2:]
-    inside = (seen[:, 2] > 0) & (target > 0).all(axis=1) & (target[:, 0] < width - 1) & (target[:, 1] < height - 1)
-    focal = np.array([K[0, 0], K[1, 1]])
-    q = (target - K[:2, 2]) / focal
-    far = rays @ T[:3, :3].T
-    slope = T[:2, 3] - q * T[2, 3]
-    value = q * far[:, 2:] - far[:, :2]
-    square = np.maximum((slope**2).sum(axis=1), 1e-12)
-    rho = (slope * value).sum(axis=1) / square
-    z = far[:, 2] + rho * T[2, 3]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        off_line = np.linalg.norm(value - rho[:, None] * slope, axis=1) * focal[0] / np.abs(z)
-    good = inside & (rho > 0) & (z > 0) & (round_trip < _MAX_ERROR) & (off_line < _MAX_ERROR)
-    doubt = focal[0] * np.hypot(view.rotation_sigma, other.rotation_sigma)
-    sigma = np.hypot(_FLOW_SIGMA + _FLOW_SIGMA_PER_ERROR * (round_trip + off_line), doubt)  # pixels
-    weight = square * (focal[0] / (sigma * np.maximum(z, 1e-6))) ** 2
+        qx, qy = qx / qz, qy / qz
+        slope_x, slope_y = tx - qx * tz, ty - qy * tz
+        value_x, value_y = qx * far_z - far_x, qy * far_z - far_y
+        square = np.maximum(slope_x**2 + slope_y**2, 1e-12)
+        rho = (slope_x * value_x + slope_y * value_y) / square
+        z = far_z + rho * tz
+        off_line = np.abs(slope_x * value_y - slope_y * value_x) * focal[0] / (np.sqrt(square) * np.abs(z))
+        column, row = focal[0] * qx + centre[0], focal[1] * qy + centre[1]
+        inside = (qz > 0) & (column > 0) & (column < width - 1) & (row > 0) & (row < height - 1)
+        good = inside & (rho > 0) & (z > 0) & (round_trip < _MAX_ERROR) & (off_line < _MAX_ERROR)
+        doubt = focal[0] * float(np.hypot(view.rotation_sigma, other.rotation_sigma))
+        sigma = np.hypot(_FLOW_SIGMA + _FLOW_SIGMA_PER_ERROR * (round_trip + off_line), doubt)  # pixels
+        weight = square * (focal[0] / (sigma * z)) ** 2
     return np.where(good, rho, 0.0), np.where(good, weight, 0.0)
+
+
+def _flow(first: np.ndarray, second: np.ndarray, smoothing: int) -> np.ndarray:
+    """Flow [H, W, 2] between two images [H, W] uint8; ``smoothing``: iterations of variational refinement."""
+    flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
+    flow.setFinestScale(0)
+    flow.setVariationalRefinementIterations(smoothing)
+    return flow.calc(first, second, None)  # type: ignore[call-overload]
 
 
 def _fuse(
@@ -147,8 +151,8 @@ def _fuse(
     rho = (weights * rhos).sum(axis=0) + prior_weight * prior
     rho /= weights.sum(axis=0) + prior_weight
     for _ in range(4):
-        robust = (weights / (1.0 + weights * (rhos - rho) ** 2 / 4.0)).sum(axis=0)
-        moment = (weights * rhos / (1.0 + weights * (rhos - rho) ** 2 / 4.0)).sum(axis=0)
+        agreeing = weights / (1.0 + weights * (rhos - rho) ** 2 / 4.0)
+        robust, moment = agreeing.sum(axis=0), (agreeing * rhos).sum(axis=0)
         pull = prior_weight / (1.0 + prior_weight * (prior - rho) ** 2 / 4.0)
         rho = np.clip((moment + pull * prior) / (robust + pull), _RANGE[0] * prior, _RANGE[1] * prior)
     return rho, robust, pull
