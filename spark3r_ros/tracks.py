@@ -27,6 +27,8 @@ _GUIDED_LEVELS = 1  # where something does: more only find what looks alike
 _THUMBNAIL = (80, 60)  # pixels: for dense flow
 _CORNERS, _CORNERS_SCALE = 500, 0.5  # that guide from a keyframe: how many, in an image of which size
 _GUIDES = 3  # nearest matches that say how a point has moved
+_NEIGHBOURS = 5  # nearest points that say whether it has
+_ALIKE = 0.0125  # of the image's width, that its motion may differ from theirs
 _STOP = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 20, 0.02)
 _FORWARD_BACKWARD_PX = 0.8
 _SETTLE_PX = 2.0  # a point that its keyframe patch moves further than this is kept where the chain left it
@@ -212,6 +214,7 @@ class FeatureTracker:
             moved = self._moved(keyframe.corners, here, uv0)
             if moved is not None:
                 uv, good = _flow(keyframe.gray, gray, uv0, uv0 + moved, _GUIDED_LEVELS)
+                good[good] = self._moves_alike(keyframe, uv0[good], uv[good])
                 self._put(np.concatenate([self._ids, ids[good]]), np.concatenate([self._uv, uv[good]]))
             if len(self._ids) >= enough:
                 break
@@ -238,9 +241,24 @@ class FeatureTracker:
         if inlier.sum() < _MIN_MATCHES:
             return None
         uv0, uv1 = uv0[inlier], uv1[inlier]
-        distance = np.linalg.norm(uv[:, None] - uv0[None], axis=2)
-        nearest = np.argpartition(distance, _GUIDES, axis=1)[:, :_GUIDES]
-        return np.asarray(np.median((uv1 - uv0)[nearest], axis=1))
+        return np.asarray(np.median((uv1 - uv0)[_nearest(uv, uv0, _GUIDES)], axis=1))
+
+    def _moves_alike(self, keyframe: _Keyframe, uv0: np.ndarray, uv1: np.ndarray) -> np.ndarray:
+        """[N] bool: points that have moved as those near them which were never lost.
+
+        A pattern that repeats looks the same one period away, and moves there as a whole. What a camera that turns
+        moves everything by is a homography; what is left is parallax, and neighbours share it.
+        """
+        _, here, there = np.intersect1d(self._ids, keyframe.ids, assume_unique=True, return_indices=True)
+        if len(here) < _MIN_MATCHES:
+            return np.ones(len(uv0), bool)
+        kept0, kept1, width = keyframe.uv[there], self._uv[here], keyframe.gray.shape[1]
+        H, _ = cv2.findHomography(kept0, kept1, cv2.RANSAC, _ALIKE * width, maxIters=500)
+        if H is None or len(uv0) == 0:
+            return np.ones(len(uv0), bool)
+        kept, found = (b - cv2.perspectiveTransform(a[:, None], H)[:, 0] for a, b in ((kept0, kept1), (uv0, uv1)))
+        nearest = _nearest(uv0, kept0, _NEIGHBOURS)
+        return np.asarray(np.linalg.norm(found - np.median(kept[nearest], axis=1), axis=1) < _ALIKE * width)
 
     def _settle(self, gray: np.ndarray) -> None:
         """Move points to where they match their patch in the last keyframe best."""
@@ -412,6 +430,12 @@ def _claim(here: _Features, keyframe: _Keyframe, matches: np.ndarray) -> LateMat
     fresh = theirs[~there.known[theirs]]
     there.known[fresh] = True
     return LateMatches(keyframe.id, there.ids[fresh], there.uv[fresh])
+
+
+def _nearest(uv: np.ndarray, others: np.ndarray, count: int) -> np.ndarray:
+    """Rows [N, count] of the others [M, 2] nearest to each of ``uv`` [N, 2]; M is larger than ``count``."""
+    distance = np.linalg.norm(uv[:, None] - others[None], axis=2)
+    return np.argpartition(distance, count, axis=1)[:, :count]
 
 
 def _flow(

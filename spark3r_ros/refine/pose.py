@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from spark3r_ros.geometry import inverse, make_T, project_to_so3, se3_exp, so3_exp
+from spark3r_ros.geometry import inverse, make_T, project_to_so3, so3_exp
 
 GATE_CHI2 = 9.21  # 99 % of a 2D residual
 MIN_INLIERS = 12
@@ -16,8 +16,9 @@ _LOSS = 1.5  # Cauchy scale in standard deviations
 _WIDE = (4.0, 4.0, 4.0)  # times that in the first steps: the guess may be many pixels off
 _MAX_STEPS = 15
 _STEP_TOLERANCE = 3e-5  # rad, and of the scene's distance: a few hundredths of a pixel
+_NEAR_TOLERANCE = 3e-4  # the same where another fit follows
 _TRUST_CHI2 = 36.0  # six sigmas: blur and shutter push points past the gate, a wrong pose pushes them past this
-_TRUST_SHARE = 0.4  # below this share of points within that, the start is doubted and a sample consensus is tried
+_TRUST_SHARE = 0.7  # below this share of points within that, the pose is doubted
 _KNOWN_SIGMA = 0.3  # of a relative depth that says where a point is
 _MIN_KNOWN = 24
 _UNKNOWN_WEIGHT = 0.3  # of all points of unknown depth, against all of known depth
@@ -42,17 +43,19 @@ class PoseFit:
     T_world_camera: np.ndarray  # [4, 4]
     covariance: np.ndarray  # [6, 6] x y z, rotation; in the camera frame
     inlier: np.ndarray  # [N] bool
-    trusted_share: float  # of the points of known depth: those that a right pose explains, if not well
+    trusted: np.ndarray  # [N] bool: those that a right pose explains, if not well
     residual_px: float  # median of the inliers, each point at its best depth; NaN without any
-    cost: float  # robust, of all points: of two fits to the same points the one with less is the better
 
 
 def fit_pose(landmarks: Landmarks, K: np.ndarray, T_guess: np.ndarray, sigma_px: float) -> PoseFit:
-    """The pose near ``T_guess``, or by sample consensus when too few points agree with that.
+    """The pose near ``T_guess``, or another one when too few points agree with that and more with the other one.
 
     Points of known depth decide where the pose is; then the others help, together by less than those. A point of
     unknown depth says only on which line it should be seen, so any that slide along an edge agree on some wrong step,
     and there are hundreds of them after a turn. With fewer than 24 of known depth all count alike.
+
+    Known depths may be wrong together, as of a pattern that was taken for itself one period away. So when many points
+    disagree, the pose is looked for from all of them alike and by sample consensus, too.
     """
     known = landmarks.depth_sigma < _KNOWN_SIGMA
     if known.sum() < _MIN_KNOWN:
@@ -60,18 +63,16 @@ def fit_pose(landmarks: Landmarks, K: np.ndarray, T_guess: np.ndarray, sigma_px:
     weight = np.where(known, 1.0, min(1.0, _UNKNOWN_WEIGHT * known.sum() / max(int((~known).sum()), 1)))
     sure = landmarks.select(known)
 
-    def fit_from(T: np.ndarray) -> PoseFit:
-        near, _ = _descend(sure, np.ones(len(sure.uv)), K, T, sigma_px, _WIDE)
-        return _settled(landmarks, weight, known, K, near, sigma_px)
+    def fit_from(points: Landmarks, T: np.ndarray) -> PoseFit:
+        near, _ = _descend(points, np.ones(len(points.uv)), K, T, sigma_px, _WIDE, _NEAR_TOLERANCE)
+        return _settled(landmarks, weight, K, near, sigma_px)
 
-    fit = fit_from(T_guess)
-    if fit.inlier.sum() >= MIN_INLIERS and fit.trusted_share >= _TRUST_SHARE:
-        return fit
+    best = fit_from(sure, T_guess)
+    if best.inlier.sum() >= MIN_INLIERS and best.trusted.mean() >= _TRUST_SHARE:
+        return best
     start = sample_consensus(sure, K, sigma_px)
-    if start is None:
-        return fit
-    again = fit_from(start)
-    return again if again.cost < fit.cost else fit
+    others = [fit_from(landmarks, T_guess)] + ([fit_from(sure, start)] if start is not None else [])
+    return max([best, *others], key=lambda fit: int(fit.inlier.sum()))
 
 
 def sample_consensus(landmarks: Landmarks, K: np.ndarray, sigma_px: float) -> np.ndarray | None:
@@ -99,8 +100,7 @@ class _Look:
     spread: np.ndarray  # [N, 2] by the point's inverse depth, for one standard deviation of it
     pull: np.ndarray  # [N] of the residual and the depth's own doubt on the inverse depth
     squared: np.ndarray  # [N] Mahalanobis length of the residual: pixel noise and what the uncertain depth adds
-    depth: np.ndarray  # [N]
-    front: np.ndarray  # [N] bool
+    front: np.ndarray  # [N] bool: before the camera
 
 
 def _look(landmarks: Landmarks, K: np.ndarray, T: np.ndarray, sigma_px: float) -> _Look:
@@ -127,7 +127,7 @@ def _look(landmarks: Landmarks, K: np.ndarray, T: np.ndarray, sigma_px: float) -
     moved = change / np.maximum(landmarks.depth_sigma, 1e-12)
     pull = (residual * spread).sum(axis=1) + moved
     squared = (residual**2).sum(axis=1) + moved**2 - pull**2 / (1.0 + (spread**2).sum(axis=1))
-    return _Look(residual, J, spread, pull, squared, points[:, 2], front)
+    return _Look(residual, J, spread, pull, squared, front)
 
 
 def _inverse_depth_change(
@@ -160,28 +160,32 @@ def _normal_equations(look: _Look, weight: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _descend(
-    landmarks: Landmarks, weight: np.ndarray, K: np.ndarray, T: np.ndarray, sigma_px: float, wide: Sequence[float]
+    landmarks: Landmarks,
+    weight: np.ndarray,
+    K: np.ndarray,
+    T: np.ndarray,
+    sigma_px: float,
+    wide: Sequence[float] = (),
+    tolerance: float = _STEP_TOLERANCE,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Gauss-Newton on a Cauchy loss, ``wide`` times as wide in the first steps: T [4, 4] and H [6, 6] there."""
     H = np.eye(6)
+    distance = float(np.median(np.abs((landmarks.xyz - T[:3, 3]) @ T[:3, 2])))
     for i in range(_MAX_STEPS):
         look = _look(landmarks, K, T, sigma_px)
         loss = _LOSS * (wide[i] if i < len(wide) else 1.0)
         H, g = _normal_equations(look, np.where(look.front, weight / (1.0 + look.squared / loss**2), 0.0))
         xi = -np.linalg.solve(H + np.diag(np.diag(H) * 1e-6 + 1e-9), g)
-        distance = float(np.median(np.abs(look.depth)))
         xi = np.clip(xi, -0.5 * distance, 0.5 * distance)
-        T = T @ se3_exp(xi)
-        if i >= len(wide) and np.abs(xi).max() < _STEP_TOLERANCE * min(distance, 1.0):
+        T = T @ make_T(cv2.Rodrigues(xi[3:])[0], xi[:3])
+        if i >= len(wide) and np.abs(xi).max() < tolerance * min(distance, 1.0):
             break
     return T, H
 
 
-def _settled(
-    landmarks: Landmarks, weight: np.ndarray, known: np.ndarray, K: np.ndarray, T: np.ndarray, sigma_px: float
-) -> PoseFit:
+def _settled(landmarks: Landmarks, weight: np.ndarray, K: np.ndarray, T: np.ndarray, sigma_px: float) -> PoseFit:
     """The fit to all points from a pose ``T`` near it."""
-    T, H = _descend(landmarks, weight, K, T, sigma_px, ())
+    T, H = _descend(landmarks, weight, K, T, sigma_px)
     T[:3, :3] = project_to_so3(T[:3, :3])
     look = _look(landmarks, K, T, sigma_px)
     squared = np.where(look.front, look.squared, np.inf)
@@ -190,9 +194,7 @@ def _settled(
     residual_px = float(np.median(length)) if inlier.any() else float("nan")
     noise = max(1.0, float(squared[inlier].mean()) / 2.0) if inlier.any() else 1.0
     covariance = np.linalg.pinv(H, hermitian=True) * noise
-    trusted_share = float((squared[known] < _TRUST_CHI2).mean())
-    cost = float((weight * np.log1p(np.minimum(squared, 1e6) / _LOSS**2)).sum())
-    return PoseFit(T, covariance, inlier, trusted_share, residual_px, cost)
+    return PoseFit(T, covariance, inlier, squared < _TRUST_CHI2, residual_px)
 
 
 def align_rays(rays_world: np.ndarray, rays_camera: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:

@@ -188,6 +188,21 @@ def test_a_fast_camera_finds_its_points_again():
     assert not tracks.late
 
 
+def test_points_found_where_a_pattern_repeats_are_told_by_those_around_them(walk):
+    tracker = FeatureTracker(CONFIG)
+    tracker.track(walk.gray[0])
+    first = tracker.set_keyframe(0)
+    now = tracker.track(walk.gray[4])
+    uv = first.uv[~np.isin(first.ids, now.ids)]
+    uv = np.concatenate([uv, first.uv])  # points that were lost, and as many as there are
+    there, visible = walk.moved(uv, 0, 4)
+    alike = tracker._moves_alike(tracker._keyframes[-1], uv, there)
+    assert alike[visible].mean() > 0.8
+    shifted = tracker._moves_alike(tracker._keyframes[-1], uv, there + np.array([0.05 * WIDTH, 0.0]))
+    assert shifted[visible].mean() < 0.05
+    assert tracker._moves_alike(tracker._keyframes[-1], uv[:0], there[:0]).shape == (0,)
+
+
 def test_points_of_an_earlier_keyframe_are_found_where_the_last_one_shows_none():
     views = render([path(1, 0, 0)[0], *(T for T in path(3, 0.1, 14.0)[1:2])])
     other = render([path(1, 0, 0)[0] @ make_T(so3_exp(np.array([0, np.pi, 0])), np.zeros(3))], seed=8)
