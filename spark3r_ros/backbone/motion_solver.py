@@ -6,15 +6,18 @@ Shapes: B problems (frames), P partners, N points per frame. Lengths are in unit
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ROBUST_SCALE = 2.0  # residuals beyond so many sigmas lose weight (Cauchy)
 TRANSLATION_SIGMA = 0.5  # prior, in units of depth
 MAX_DEPTH_STEP = 0.7  # of log inverse depth per iteration
 MIN_Z = 0.05
+DAMPING = 1e-4  # of the pose, relative
 START_STEP = 0.1  # translation per frame, in units of depth, that a direction is tried with
 
 
@@ -31,17 +34,16 @@ class Motion:
 
 def so3_exp(w: Tensor) -> Tensor:
     """Rotation vectors [..., 3] to matrices [..., 3, 3]; differentiable at zero."""
-    theta_sq = (w * w).sum(-1)[..., None, None]
-    theta = (theta_sq + 1e-12).sqrt()
-    K = hat(w)
-    return torch.eye(3, dtype=w.dtype, device=w.device) + theta.sin() / theta * K + (1 - theta.cos()) / theta**2 * K @ K
+    return _turn(torch.eye(3, dtype=w.dtype, device=w.device).expand(*w.shape, 3), w)
 
 
-def hat(w: Tensor) -> Tensor:
-    """Vectors [..., 3] to cross-product matrices [..., 3, 3]."""
-    x, y, z = w.unbind(-1)
-    zero = torch.zeros_like(x)
-    return torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=-1).unflatten(-1, (3, 3))
+def _turn(R: Tensor, w: Tensor) -> Tensor:
+    """``so3_exp(w) @ R``."""
+    theta_sq = w.square().sum(dim=-1)[..., None, None] + 1e-12
+    theta, w = theta_sq.sqrt(), w[..., None]
+    once = torch.linalg.cross(w, R, dim=-2)
+    twice = torch.linalg.cross(w, once, dim=-2)
+    return R + theta.sin() / theta * once + (1 - theta.cos()) / theta_sq * twice
 
 
 def solve_motion(
@@ -62,17 +64,16 @@ def solve_motion(
         prior_mean, prior_sigma: [B, N] of log inverse depth.
         start: R [B, P, 3, 3] and t [B, P, 3].
     """
-    R, t = start
-    s, certainty = prior_mean, prior_sigma**-2
-    rays = torch.nn.functional.pad(points, (0, 1), value=1.0)[:, None]  # [B, 1, N, 3]
+    rays = F.pad(points, (0, 1), value=1.0).mT
+    problem = _Problem(rays, targets.mT[:, :, None], weights.reciprocal(), prior_mean, prior_sigma**-2)
+    (R, t), s = start, prior_mean
     for _ in range(iterations):
-        system = _linearise(rays, targets, weights, R, t, s)
-        step, depth_step = _solve_step(system, t, (prior_mean - s) * certainty, certainty)
-        R, t = so3_exp(step[..., 3:]) @ R, t + step[..., :3]
+        step, depth_step = problem.step(t, s, *problem.linearise(R, t, s))
+        R, t = _turn(R, step[..., 3:]), t + step[..., :3]
         s = s + depth_step.clamp(-MAX_DEPTH_STEP, MAX_DEPTH_STEP)
-    last = _linearise(rays, targets, weights, R, t, s)
-    information = (last.w[..., None] * last.J_s**2).sum(dim=(1, 3)) + certainty
-    return Motion(R, t, s, information, last.residual)
+    columns, w = problem.linearise(R, t, s)
+    information = (w * columns[:, :, 6].square().sum(dim=2)).sum(dim=1) + problem.certainty
+    return Motion(R, t, s, information, columns[:, :, 7].mT)
 
 
 def solve_from_directions(
@@ -112,55 +113,80 @@ def robust_cost(motion: Motion, weights: Tensor, prior_mean: Tensor, prior_sigma
 
 
 @dataclass(frozen=True, eq=False)
-class _System:
-    residual: Tensor  # [B, P, N, 2]
-    w: Tensor  # [B, P, N] robust weights
-    J: Tensor  # [B, P, N, 2, 6] by translation, rotation
-    J_s: Tensor  # [B, P, N, 2] by log inverse depth
+class _Problem:
+    """What stays the same over the iterations. One frame is all overhead, so operations are few rather than small."""
+
+    rays: Tensor  # [B, 3, N]
+    targets: Tensor  # [B, P, 1, 2, N]
+    variance: Tensor  # [B, P, N] of targets; infinite: unknown
+    prior_mean: Tensor  # [B, N] of log inverse depth
+    certainty: Tensor  # [B, N] of that
+
+    def linearise(self, R: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Derivatives by translation, rotation and log inverse depth of where points are seen, and last the residual.
+
+        Args:
+            R, t, s: [B, P, 3, 3], [B, P, 3], [B, N].
+
+        Returns:
+            [B, P, 3 + 3 + 1 + 1, 2, N], and robust weights [B, P, N].
+        """
+        offset, matrix = _moving_matrix(t.dtype, t.device)
+        pose = torch.cat([R.flatten(2), t], dim=2).flatten(0, 1)  # [B * P, 12]
+        moving = torch.addmm(offset, pose, matrix).view(len(t), -1, 4)  # [B, P * 8 * 3, 4]
+        moved = moving @ torch.cat([self.rays, s.exp()[:, None]], dim=1)
+        x_y, z = moved.view(*t.shape[:2], 8, 3, -1).split((2, 1), dim=3)  # [B, P, 8, 2 or 1, N]
+        inv_z = z[:, :, 7:].clamp_min(MIN_Z).reciprocal()
+        uv = x_y[:, :, 7:] * inv_z
+        residual = self.targets - uv
+        w = torch.add(self.variance, residual.square().sum(dim=(2, 3)), alpha=ROBUST_SCALE**-2).reciprocal()
+        return torch.cat([(x_y[:, :, :7] - uv * z[:, :, :7]) * inv_z, residual], dim=2), w
+
+    def step(self, t: Tensor, s: Tensor, columns: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Pose step [B, P, 6] and depth step [B, N] of one damped Gauss-Newton iteration (Schur complement of depths).
+
+        Args:
+            t, s: where it begins.
+            columns, w: from ``linearise`` there.
+        """
+        prior, damping = _pose_prior(t.dtype, t.device)
+        weighted = columns * w[:, :, None, None]
+        normal = weighted[:, :, :6].flatten(3) @ columns.flatten(3).mT  # [B, P, 6, 8]
+        normal = torch.addcmul(prior, normal, damping)
+        normal[..., :3, 7].sub_(t, alpha=TRANSLATION_SIGMA**-2)
+        shared = (weighted * columns[:, :, 6:7]).sum(dim=3)  # [B, P, 8, N]
+        own = torch.stack([self.certainty, (self.prior_mean - s) * self.certainty], dim=1)
+        H_ss, b_s = (shared[:, :, 6:].sum(dim=1) + own).split(1, dim=1)  # [B, 1, N]
+        H_ps = shared[:, :, :6].flatten(1, 2)  # [B, 6P, N]
+        full = (H_ps / -H_ss) @ torch.cat([H_ps, b_s], dim=1).mT  # [B, 6P, 6P + 1]
+        own_blocks = full[:, :, :-1].unflatten(2, (-1, 6)).unflatten(1, (-1, 6)).diagonal(dim1=1, dim2=3)
+        own_blocks.add_(normal[..., :6].permute(0, 2, 3, 1))  # [B, 6, 6, P]
+        right = full[:, :, -1] + normal[..., 7].flatten(1)
+        step = torch.linalg.solve_ex(full[:, :, :-1], right).result  # solve itself would wait for the device, to check
+        return step.view(*t.shape[:2], 6), ((b_s - step[:, None] @ H_ps) / H_ss)[:, 0]
 
 
-def _linearise(rays: Tensor, targets: Tensor, weights: Tensor, R: Tensor, t: Tensor, s: Tensor) -> _System:
-    rotated = rays @ R.transpose(-1, -2)  # [B, P, N, 3]
-    rho = s.exp()[:, None, :, None]  # [B, 1, N, 1]
-    shift = rho * t[:, :, None]  # [B, P, N, 3]
-    x, y, z = (rotated + shift).unbind(-1)  # each [B, P, N]
-    inv_z = z.clamp_min(MIN_Z).reciprocal()
-    u, v = x * inv_z, y * inv_z
-    uv = torch.stack([u, v], dim=-1)
-    residual = targets - uv
-    w = weights / (1 + weights * residual.square().sum(-1) / ROBUST_SCALE**2)
-    J_s = (shift[..., :2] - uv * shift[..., 2:]) * inv_z[..., None]
-    x, y, z = rotated.unbind(-1)
-    by_t, zero = rho[..., 0] * inv_z, torch.zeros_like(u)  # d u / d t_x
-    rows = [
-        by_t, zero, -u * by_t, -u * y * inv_z, (z + u * x) * inv_z, -y * inv_z,
-        zero, by_t, -v * by_t, -(z + v * y) * inv_z, v * x * inv_z, x * inv_z,
-    ]  # fmt: skip
-    return _System(residual, w, torch.stack(rows, dim=-1).unflatten(-1, (2, 6)), J_s)
+@functools.lru_cache(maxsize=4)
+def _moving_matrix(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Offset [96] and matrix [12, 96] that make of (R, t) what (ray, rho) is multiplied by, [6 + 1 + 1, 3, 4].
 
-
-def _solve_step(system: _System, t: Tensor, prior_pull: Tensor, certainty: Tensor) -> tuple[Tensor, Tensor]:
-    """Pose step [B, P, 6] and depth step [B, N] of one damped Gauss-Newton iteration (Schur complement over depths).
-
-    The prior on depths comes as its gradient and its information, each [B, N].
+    A point over its depth moves to R @ ray + t * rho. That comes last, before it its derivatives, in the order of
+    ``linearise``.
     """
-    num_partners = t.shape[1]
-    J, residual = system.J.flatten(2, 3), system.residual  # [B, P, 2N, 6], [B, P, N, 2]
-    weighted = system.J * system.w[..., None, None]
-    across = weighted.flatten(2, 3).transpose(-1, -2)  # [B, P, 6, 2N]
-    H, b = across @ J, (across @ residual.flatten(2)[..., None])[..., 0]  # [B, P, 6, 6], [B, P, 6]
-    prior = torch.nn.functional.pad(t.new_full((3,), TRANSLATION_SIGMA**-2), (0, 3), value=1.0)
-    H = H + torch.diag_embed(1e-4 * H.diagonal(dim1=-2, dim2=-1) + prior)
-    b = b - torch.nn.functional.pad(t, (0, 3)) * prior
-    weighted_s = system.J_s * system.w[..., None]  # [B, P, N, 2]
-    H_ps = (weighted * system.J_s[..., None]).sum(-2).transpose(1, 2).flatten(2)  # [B, N, 6P]
-    H_ss = (weighted_s * system.J_s).sum(dim=(1, 3)) + certainty  # [B, N]
-    b_s = (weighted_s * residual).sum(dim=(1, 3)) + prior_pull
-    scaled = (H_ps / H_ss[..., None]).transpose(-1, -2)
-    full = -(scaled @ H_ps)  # [B, 6P, 6P]
-    blocks = full.unflatten(1, (num_partners, 6)).unflatten(3, (num_partners, 6))  # [B, P, 6, P, 6]
-    blocks.diagonal(dim1=1, dim2=3).add_(H.permute(0, 2, 3, 1))
-    right = b.flatten(1) - (scaled @ b_s[..., None])[..., 0]
-    step = torch.linalg.solve_ex(full, right).result  # solve itself would wait for the device, to check
-    depth_step = (b_s - (H_ps @ step[..., None])[..., 0]) / H_ss
-    return step.unflatten(-1, (num_partners, 6)), depth_step
+    with torch.inference_mode(False):  # shared between inference and training
+        unit = torch.eye(12, dtype=dtype, device=device)
+        R, t, still = unit[:, :9].view(-1, 3, 3), unit[:, 9:], unit[:3, :3]
+        turned = torch.linalg.cross(still[None, :, :, None], R[:, None], dim=2)  # [12, 3, 3, 3] hat(unit vector) @ R
+        shift = F.pad(t[:, None, :, None], (3, 0))
+        matrix = torch.cat([F.pad(turned, (0, 1, 0, 0, 3, 0)), shift, shift + F.pad(R, (0, 1))[:, None]], dim=1)
+        return F.pad(still[..., None], (3, 0, 0, 0, 0, 5)).flatten(), matrix.flatten(1)
+
+
+@functools.lru_cache(maxsize=4)
+def _pose_prior(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What is added to the normal equations of a pose [6, 8], and what they are multiplied by before."""
+    with torch.inference_mode(False):
+        unit = torch.eye(6, 8, dtype=dtype, device=device)
+        prior = unit.clone()
+        prior[:3] *= TRANSLATION_SIGMA**-2
+        return prior, 1 + DAMPING * unit

@@ -97,6 +97,19 @@ def test_the_solver_ignores_outliers_and_missing_partners():
     assert torch.isfinite(motion.t).all()
 
 
+def test_gradients_of_the_solver_are_right():
+    points, targets, weights, _, R, t, depth = synthetic_motion(2)
+    start, prior = torch.cat([R.flatten(2), t], dim=2), depth.log().neg()
+
+    def solved(start, prior):
+        R, t = start.split((9, 3), dim=2)
+        motion = solve_motion(points, targets, weights, prior, 0.5 + 0 * prior, (R.unflatten(2, (3, 3)), t), 1)
+        return motion.R, motion.t, motion.log_inverse_depth
+
+    inputs = start.requires_grad_(), prior.requires_grad_()
+    assert torch.autograd.gradcheck(solved, inputs, atol=1e-4, rtol=1e-3, fast_mode=True)
+
+
 def test_a_chain_composes_relative_poses():
     R, t = so3_exp(torch.tensor([[[0.0, 0.1, 0.0]]])), torch.tensor([1.0, 0, 0])
     T = torch.eye(4).repeat(1, 3, 1, 1)
