@@ -110,7 +110,7 @@ def _measure(
     v, u = np.mgrid[:height, :width].astype(np.float32)
     x, y = u + forward[..., 0], v + forward[..., 1]
     back = cv2.remap(backward, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    round_trip = cv2.magnitude(forward[..., 0] + back[..., 0], forward[..., 1] + back[..., 1]).ravel()
+    round_trip = np.hypot(forward[..., 0] + back[..., 0], forward[..., 1] + back[..., 1]).ravel()
     found = np.stack([x.ravel(), y.ravel(), np.ones(x.size, np.float32)])  # [3, N] in the image that was brought here
     qx, qy, qz = (np.linalg.inv(K) @ H).astype(np.float32) @ found  # rays of the other camera
     far_x, far_y, far_z = T[:3, :3].astype(np.float32) @ rays.T  # the same without parallax

@@ -138,7 +138,8 @@ class Refiner:
         if found.sum() >= 6:
             rows = rows[found]
             fit = fit_pose(self._table.landmarks(rows, uv[found]), self.K, guess, sigma_px(tracks.speed))
-            if fit.inlier.sum() >= max(MIN_INLIERS, 0.2 * found.sum()):
+            jump = float(np.linalg.norm(fit.T_world_camera[:3, 3] - guess[:3, 3]))
+            if fit.inlier.sum() >= max(MIN_INLIERS, 0.2 * found.sum()) and jump < self._typical_depth():
                 return self._tracked(fit, self._table.anchor[rows])
         return self._turned(tracks.ids, uv, guess)
 
@@ -295,8 +296,9 @@ class Refiner:
     def _adjust(
         self, free: list[Keyframe], fixed: list[Keyframe], iterations: int, max_points: int, calibrate: bool = False
     ) -> tuple[Assembled, Solution] | None:
-        """Adjust the free keyframes and all they see, drop outliers, adjust again, store.
+        """Adjust the free keyframes and all they see, drop outliers, adjust again, store; None: nothing was changed.
 
+        A camera that would have moved by the distance of the scene was led there by wrong matches.
         ``calibrate``: with what is not known yet about the camera.
         """
         focal_sigma = self._focal_sigma if calibrate else 0.0
@@ -316,6 +318,9 @@ class Refiner:
             residual = np.full(len(inlier), np.inf)
             residual[inlier] = again.residual_px
             solution = replace(again, residual_px=residual)
+        moved = np.linalg.norm(solution.T_world_camera[:, :3, 3] - T[:, :3, 3], axis=1)
+        if self.is_initialised and moved.max() > self._typical_depth():
+            return None
         write_back(assembled, solution, self._table, _GATE_PX)
         if focal_sigma > 0:
             self.K = self.K.copy()

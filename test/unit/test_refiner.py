@@ -12,6 +12,7 @@ from spark3r_ros.frame import CameraModel
 from spark3r_ros.geometry import inverse, make_T, rotation_angle, so3_exp, so3_log, transform
 from spark3r_ros.refine import DepthPrior, RefinedWindow, Refiner, TrackedPose
 from spark3r_ros.refine import pose as pose_module
+from spark3r_ros.refine import refiner as refiner_module
 from spark3r_ros.tracks import LateMatches, Tracks
 
 CAMERA = CameraModel(WIDTH, HEIGHT, K)
@@ -152,6 +153,36 @@ def test_a_fast_turn_is_taken_from_the_points(walk, monkeypatch):
     assert turned.is_reliable
     R = (inverse(T_before @ turn) @ turned.T_world_camera)[:3, :3]
     assert np.degrees(rotation_angle(R)) < 0.2
+
+
+def test_a_camera_does_not_jump_by_the_distance_of_the_scene(walk):
+    """Points that say so were taken for others, or the guess is wrong: either way nobody should trust the pose."""
+    world, frame = ahead(500, nearest=2.5), len(walk.truth) - 1
+    seen = world.tracks(walk.truth[frame], frame)
+    T = walk.refiner.track(seen).T_world_camera
+    near, far = (walk.refiner.track(seen, T @ make_T(np.eye(3), np.array([x, 0, 0]))) for x in (0.1, 20.0))
+    assert near.is_reliable
+    assert not far.is_reliable
+    assert far.covariance[0, 0] > 0.01
+
+
+def test_an_adjustment_that_throws_a_camera_away_is_not_taken(monkeypatch):
+    world, truth = ahead(500, nearest=2.5), sideways(2 * EVERY * WINDOW)
+    refiner = run(world, truth[: EVERY * WINDOW]).refiner
+    number = EVERY * WINDOW
+    seen = world.tracks(truth[number], number)
+    tracked = refiner.track(seen)
+    adjust = refiner_module.adjust
+
+    def wild(*args):
+        solution = adjust(*args)
+        return replace(solution, T_world_camera=solution.T_world_camera + make_T(np.zeros((3, 3)), [20.0, 0, 0]))
+
+    monkeypatch.setattr(refiner_module, "adjust", wild)
+    before = refiner.pose(number - EVERY)
+    refiner.add_keyframe(number, seen, tracked)
+    assert (refiner.pose(number) == tracked.T_world_camera).all()
+    assert (refiner.pose(number - EVERY) == before).all()
 
 
 def test_windows_report_what_they_know(walk):
