@@ -198,7 +198,8 @@ class Reconstructor:
     def track(self, frame: Frame) -> Update:
         """Answer one frame at once; returns the poses that are known now, and nothing about the map.
 
-        Every frame gets exactly one pose, in stamp order: at once, or, before the first window is solved, with it.
+        Every frame gets exactly one pose, in stamp order: at once, or, if the camera moves before the first window is
+        solved, with it.
 
         Raises:
             FrameError: the frame cannot be used; the stream goes on without it.
@@ -358,15 +359,23 @@ class Reconstructor:
         return self._job is None and not self._num_windows and self._state is TrackingState.INITIALISING
 
     def _initialise(self, seen: Seen) -> list[FramePose]:
-        """Collect frames until the first window is full, or until too many wait."""
+        """The world begins where the camera stands; once it moves, frames wait until the first window can be solved."""
         crowded = len(self._waiting) + 1 >= self.config.window.max_pending
         if seen.gate is Gate.KEYFRAME:
             self._add_keyframe(seen, None)
+        if not self._waiting and (seen.index == 0 or (seen.gate is Gate.STATIC and self._next_keyframe == 1)):
+            return [self._pose_at_origin(seen)]
         self._waiting.append(seen)
-        waited = 1e-9 * (seen.frame.stamp_ns - self._waiting[0].frame.stamp_ns)
+        waited = 1e-9 * (seen.frame.stamp_ns - self._trajectory.last_stamp_ns)
         enough = self._window.can_start and waited >= self.config.window.first_seconds
         ready = self._window.is_full or enough or crowded
         return self._start(seen.frame.stamp_ns) if ready else []
+
+    def _pose_at_origin(self, seen: Seen) -> FramePose:
+        """Pose of the first frame, and of those that show what it shows."""
+        sigma = MIN_ROTATION_SIGMA if seen.index == 0 else max(MIN_ROTATION_SIGMA, self.config.window.static_flow)
+        self._trajectory.append(seen.frame.stamp_ns, np.eye(4), self._keyframes[0])
+        return self._pose_of(seen, Estimate(np.eye(4), np.eye(6) * sigma**2, 1.0), seen.index == 0)
 
     def _start(self, stamp_ns: int) -> list[FramePose]:
         """Solve the first window and give every waiting frame its pose; the rest of it follows piece by piece."""
@@ -383,14 +392,10 @@ class Reconstructor:
         poses: list[FramePose] = []
         for seen in waiting:
             keyframe = by_frame.get(seen.index)
-            if not poses and self._job is not None:  # where the world begins
-                estimate = Estimate(np.eye(4), np.eye(6) * MIN_ROTATION_SIGMA**2, 1.0)
-            else:
-                estimate = self._track(seen)
+            estimate = self._track(seen)
             if keyframe is not None:
                 estimate = replace(estimate, T_world_camera=keyframe.T_world_camera)
-                if poses:  # the first is where the world begins
-                    keyframe.covariance = estimate.covariance
+                keyframe.covariance = estimate.covariance
             self._advance_odometry(estimate.T_world_camera)
             anchor = keyframe or self._keyframe_before(seen.index)
             self._trajectory.append(seen.frame.stamp_ns, estimate.T_world_camera, anchor)

@@ -36,11 +36,29 @@ def test_every_frame_gets_one_pose_in_stamp_order(stream):
     assert [p.stamp_ns for p in poses_of(updates)] == [f.stamp_ns for f in stream.frames]
 
 
+def started(updates: list[Update]) -> int:
+    """Number of the frame that the first window was solved with."""
+    return next(i for i, u in enumerate(updates) if u.poses and i > 0)
+
+
 def test_frames_after_the_first_window_get_their_pose_at_once(stream):
     _, updates = run(stream)
-    first = next(i for i, u in enumerate(updates) if u.poses)
-    assert len(updates[first].poses) == first + 1
+    first = started(updates)
+    assert len(updates[0].poses) == 1  # where the world begins
+    assert len(updates[first].poses) == first
     assert all(len(u.poses) == 1 for u in updates[first + 1 : -1])
+
+
+def test_a_camera_that_stands_still_has_a_pose_from_the_first_frame_on(stream):
+    still = [dataclasses.replace(stream.frames[0], stamp_ns=i * 10**8) for i in range(30)]
+    moving = [dataclasses.replace(f, stamp_ns=f.stamp_ns + 30 * 10**8) for f in stream.frames[1:]]
+    reconstructor, updates = run(dataclasses.replace(stream, frames=still + moving), Oracle(stream))
+    assert all(len(u.poses) == 1 for u in updates[:30])
+    assert all((p.T_odom_camera == np.eye(4)).all() for p in poses_of(updates[:30]))
+    assert all(p.state is TrackingState.INITIALISING for p in poses_of(updates[:30]))
+    assert [p.stamp_ns for p in poses_of(updates)] == [f.stamp_ns for f in still + moving]
+    estimated = np.stack([T[:3, 3] for _, T in reconstructor.trajectory()])[29:]
+    assert ate(estimated, stream.T_world_camera[:, :3, 3])[0] < 2e-3
 
 
 def test_an_ideal_backbone_gives_an_exact_path(stream):
@@ -121,12 +139,13 @@ def test_static_frames_never_become_keyframes():
         np.testing.assert_allclose(p.T_map_camera, np.eye(4), atol=1e-3)
 
 
-def test_a_single_frame_gets_an_honest_pose():
+def test_the_world_begins_at_a_single_frame():
     stream = orbit(1)
     _, updates = run(stream)
     (pose,) = poses_of(updates)
-    np.testing.assert_allclose(pose.T_map_camera, np.eye(4), atol=1e-6)
-    assert pose.covariance[0, 0] > 0.01
+    assert (pose.T_map_camera == np.eye(4)).all()
+    assert pose.is_keyframe
+    assert updates[-1].window.num_frames == 1
 
 
 def test_finish_without_frames_is_empty():
@@ -202,7 +221,7 @@ def test_a_depth_image_makes_everything_metric(stream):
     estimated = np.stack([T[:3, 3] for _, T in reconstructor.trajectory()])
     assert ate(estimated, stream.T_world_camera[:, :3, 3])[1] == pytest.approx(1.0, rel=0.01)
     assert sum(u.map_changed for u in updates) == 1
-    first = next(i for i, u in enumerate(updates) if u.poses)
+    first = started(updates)
     steps = [np.linalg.norm(p.T_odom_camera[:3, 3] - q.T_odom_camera[:3, 3])
              for p, q in zip(poses_of(updates)[1:], poses_of(updates), strict=False)]  # fmt: skip
     assert max(steps[first:]) < 3 * np.median(steps)  # odometry does not jump when the unit becomes metres
@@ -224,6 +243,6 @@ def test_a_metric_backbone_is_metric_from_the_first_window(stream):
 
 def test_state_is_initialising_until_the_first_window(stream):
     _, updates = run(stream)
-    first = next(i for i, u in enumerate(updates) if u.poses)
+    first = started(updates)
     assert all(u.state is TrackingState.INITIALISING for u in updates[:first])
     assert updates[first].state is TrackingState.TRACKING
