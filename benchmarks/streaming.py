@@ -1,7 +1,7 @@
 """The streaming engine on real and rendered sequences: ablations, loops, endurance, tracking cost, saved maps.
 
     python -m benchmarks.streaming ablation --sequences ../shared/data/tum_fr3_office ../shared/data/tum_fr1_plant19
-    python -m benchmarks.streaming ablation --circuit 2000 --variants default "no context"
+    python -m benchmarks.streaming ablation --circuit 2400 --seeds 5 7 --variants default "no context"
     python -m benchmarks.streaming circuit --frames 2400 --seeds 5 7 11
     python -m benchmarks.streaming endurance --frames 10300
     python -m benchmarks.streaming tracking
@@ -208,8 +208,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def ablation(options: argparse.Namespace, config: Config, backbone: Backbone) -> dict[str, Any]:
     """One change at a time, on every sequence."""
     sequences = [recorded(Path(p)) for p in options.sequences]
-    if options.circuit:
-        sequences.append(circuit(options.circuit, options.rounds, (320, 240), options.seed))
+    for seed in options.seeds if options.circuit else ():
+        hall = circuit(options.circuit, options.rounds, (320, 240), seed)
+        sequences.append(replace(hall, name=f"hall {seed}"))
     rows: dict[str, Any] = {}
     for name in options.variants or VARIANTS:
         for sequence in sequences:
@@ -475,13 +476,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }  # fmt: skip
     parser.add_argument("part", choices=parts)
     parser.add_argument("--sequences", nargs="*", default=[], help="folders in the layout of ../shared/data")
-    parser.add_argument("--circuit", type=int, default=0, help="ablation: also a rendered circuit of so many frames")
+    parser.add_argument("--circuit", type=int, default=0, help="ablation: also rendered circuits of so many frames")
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, help="ablation: only these")
     parser.add_argument("--frames", type=int, help="default: 2400; tracking: 250")
     parser.add_argument("--rounds", type=float, default=1.1, help="of the circuit: more than one, or nothing closes")
     parser.add_argument("--width", type=int, default=320)
     parser.add_argument("--seed", type=int, default=5, help="of scene and path")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[5, 7, 11], help="circuit: of the halls")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[5, 7, 11], help="circuit, ablation: of the halls")
     parser.add_argument("--span", type=int, default=300, help="endurance: frames that are averaged")
     parser.add_argument("--lap", type=int, default=900, help="endurance: least frames in a round")
     parser.add_argument("--model", default="nano")

@@ -181,7 +181,7 @@ def test_watch_counts_windows_that_do_not_fit():
 
 
 def test_a_loop_moves_keyframes_path_and_cloud_while_odometry_stays_smooth(stream):
-    rows = [*range(40), *range(38, -1, -1), *range(1, 20)]
+    rows = [*range(40), *range(38, -1, -1), *range(1, 40)]
     there_and_back = at(stream, rows)
     oracle = Blinking(there_and_back, pose_noise=0.01)
     options = OPTIONS | {"loops.min_gap": 6, "context.enabled": False, "window.keyframe_flow": 0.06}

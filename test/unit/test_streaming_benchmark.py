@@ -8,7 +8,7 @@ import torch
 from benchmarks import streaming
 
 PARTS = {
-    "ablation": ["--circuit", "24", "--variants", "default"],
+    "ablation": ["--circuit", "24", "--seeds", "5", "6", "--variants", "default"],
     "circuit": ["--frames", "24", "--seeds", "5"],
     "endurance": ["--frames", "130", "--lap", "20", "--span", "10"],
     "query": ["--repeats", "2"],
