@@ -51,6 +51,7 @@ from spark3r_ros.refine import DenseView, DepthPrior, Refiner, dense_depth
 from spark3r_ros.scale import Measurement, OdometrySource, ScaleFilter, from_depth, from_height, from_model
 from spark3r_ros.solver import Solution, Solver
 from spark3r_ros.tracking import (
+    FIRST_WINDOW_DOUBT,
     LOST_SIGMA,
     MIN_ROTATION_SIGMA,
     TIMING_SIGMA,
@@ -428,7 +429,8 @@ class Reconstructor:
             R_last = self._trajectory.world_pose(-1, self._keyframes)[:3, :3]
             seconds = 1e-9 * (seen.frame.stamp_ns - self._trajectory.last_stamp_ns)
             turn_rate = float(geometry.rotation_angle(R_last.T @ estimate.T_world_camera[:3, :3])) / seconds
-        return with_drift(estimate, anchors, self._keyframes, turn_rate)
+        doubt = 1.0 if self._num_windows else FIRST_WINDOW_DOUBT
+        return with_drift(estimate, anchors, self._keyframes, turn_rate, doubt)
 
     def _overlaps_too_little(self, seen: Seen) -> bool:
         return seen.tracks.survival < self.config.window.lost_overlap

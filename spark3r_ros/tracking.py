@@ -18,6 +18,7 @@ MIN_TRANSLATION_SIGMA = 0.002  # over median depth
 # tracks of one frame err together (blur, shutter, lens, depths of one surface): as so many that do not. This and the
 # next were set on rendered streams: where positions are worst, they are off by one to two sigmas (docs/accuracy.md)
 INDEPENDENT_POINTS = 3
+FIRST_WINDOW_DOUBT = 2.0  # times the sigma of poses whose points were solved together with them
 TIMING_SIGMA = 0.005  # seconds between an image's stamp and the instant that it shows (exposure, readout)
 LOST_SIGMA = 1e3  # rad and output units: nobody should fuse this
 
@@ -33,7 +34,11 @@ class Estimate:
 
 
 def with_drift(
-    estimate: Estimate, anchors: Mapping[int, float], keyframes: Mapping[int, Keyframe], turn_rate: float
+    estimate: Estimate,
+    anchors: Mapping[int, float],
+    keyframes: Mapping[int, Keyframe],
+    turn_rate: float,
+    doubt: float = 1.0,
 ) -> Estimate:
     """Add what a pose is wrong by beyond its covariance against the keyframes that hold it.
 
@@ -46,9 +51,10 @@ def with_drift(
         anchors: their ids and shares in holding it. What they have is averaged, not fused: it is the same drift.
         keyframes: by id.
         turn_rate: rad/s of the camera.
+        doubt: times the sigma of the fit against the keyframes.
     """
     num_points = estimate.tracked.num_inliers if estimate.tracked is not None else 0
-    covariance = estimate.covariance * max(1.0, num_points / INDEPENDENT_POINTS)
+    covariance = doubt**2 * max(1.0, num_points / INDEPENDENT_POINTS) * estimate.covariance
     blur = (TIMING_SIGMA * turn_rate) ** 2 / 3
     distance = max((keyframes[number].median_depth for number in anchors), default=0.0)
     covariance += np.diag([blur * distance**2] * 3 + [blur] * 3)

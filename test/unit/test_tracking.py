@@ -50,6 +50,13 @@ def test_points_that_err_together_count_as_a_few():
     np.testing.assert_allclose(got, 30 * OWN)
 
 
+def test_doubt_is_of_the_fit_and_not_of_the_keyframes():
+    covariance = np.eye(6)
+    known = {1: keyframe(1, np.eye(4), covariance)}
+    once, twice = (with_drift(Estimate(np.eye(4), OWN, 1.0), {1: 1.0}, known, 0.0, d).covariance for d in (1.0, 2.0))
+    np.testing.assert_allclose(twice - once, 3 * OWN)
+
+
 def test_a_turning_camera_knows_less():
     got = with_drift(Estimate(np.eye(4), OWN, 1.0), {1: 1.0}, {1: keyframe(1, np.eye(4))}, 3.0).covariance - OWN
     assert np.sqrt(np.trace(got[3:, 3:])) == pytest.approx(3.0 * TIMING_SIGMA)
