@@ -71,7 +71,7 @@ class ModelConfig(_Group):
 class WindowConfig(_Group):
     _name = "window"
     size: int = param(8, "keyframes solved together", ge=2, le=1000)
-    overlap: int = param(3, "keyframes of the previous window that are solved again", ge=1, le=100)
+    overlap: int = param(4, "keyframes of the previous window that are solved again", ge=1, le=100)
     keyframe_flow: float = param(
         0.09, "a frame is a keyframe when the median flow since the last one exceeds this share of the image width",
         ge=0.0, le=1.0, dynamic=True,
