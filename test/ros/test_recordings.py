@@ -24,7 +24,7 @@ def test_a_recording_live_and_offline(shared, tmp_path, domain):
         "--out",
         tmp_path,
         "--set",
-        "window.size:=4",
+        "window.size:=5",
     ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr[-3000:]
