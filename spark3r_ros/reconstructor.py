@@ -69,7 +69,7 @@ __all__ = ["FrameError", "MapFileError", "Reconstructor"]
 LAG_NS = 400_000_000  # how long the network may work beside the stream before the stream waits for it
 DENSE_LAG_NS = 500_000_000  # and dense depth after it; the frames behind the join catch up meanwhile
 PIECE_NS = 100_000_000  # of a window's further way into the map, one piece is done per so much time between frames
-STILL_FLOW = 0.001  # share of the image's width (and so about rad) that noise moves the points of a camera at rest by
+STILL_FLOW = 0.001  # share of the image's width that noise moves the points of a camera at rest by
 SIGHTED_SIGMA = 0.01  # rad and share of the scene's distance, of a pose from recognised corners
 PLACE_CONFIDENCE = 0.2  # of depths that places keep: outliers are found when places are matched
 
@@ -365,8 +365,8 @@ class Reconstructor:
         crowded = len(self._waiting) + 1 >= self.config.window.max_pending
         if seen.gate is Gate.KEYFRAME:
             self._add_keyframe(seen, None)
-        at_rest = seen.index == 0 or seen.tracks.flow_px < STILL_FLOW * seen.gray.shape[1]
-        if at_rest and not self._waiting:
+        stands = seen.gate is not Gate.KEYFRAME and seen.tracks.flow_px < STILL_FLOW * seen.gray.shape[1]
+        if not self._waiting and (stands or seen.index == 0):
             return [self._pose_at_origin(seen)]
         self._waiting.append(seen)
         waited = 1e-9 * (seen.frame.stamp_ns - self._trajectory.last_stamp_ns)
@@ -376,9 +376,8 @@ class Reconstructor:
 
     def _pose_at_origin(self, seen: Seen) -> FramePose:
         """Pose of the first frame, and of those that show what it shows."""
-        sigma = MIN_ROTATION_SIGMA if seen.index == 0 else max(MIN_ROTATION_SIGMA, STILL_FLOW)
         self._trajectory.append(seen.frame.stamp_ns, np.eye(4), self._keyframes[0])
-        return self._pose_of(seen, Estimate(np.eye(4), np.eye(6) * sigma**2, 1.0), seen.index == 0)
+        return self._pose_of(seen, Estimate(np.eye(4), np.eye(6) * MIN_ROTATION_SIGMA**2, 1.0), seen.index == 0)
 
     def _start(self, stamp_ns: int) -> list[FramePose]:
         """Solve the first window and give every waiting frame its pose; the rest of it follows piece by piece."""

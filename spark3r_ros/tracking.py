@@ -16,7 +16,7 @@ from spark3r_ros.windows import Keyframe
 MIN_ROTATION_SIGMA = 0.002  # rad
 MIN_TRANSLATION_SIGMA = 0.002  # over median depth
 # tracks of one frame err together (blur, shutter, lens, depths of one surface): as so many that do not. This and the
-# next were set on rendered streams: where positions are worst, they are off by one to two sigmas (docs/accuracy.md)
+# next two were set on rendered streams: where positions are worst, they are off by one to two sigmas (docs/accuracy.md)
 INDEPENDENT_POINTS = 3
 FIRST_WINDOW_DOUBT = 2.0  # times the sigma of poses whose points were solved together with them
 TIMING_SIGMA = 0.005  # seconds between an image's stamp and the instant that it shows (exposure, readout)

@@ -244,17 +244,17 @@ class FeatureTracker:
         return np.asarray(np.median((uv1 - uv0)[_nearest(uv, uv0, _GUIDES)], axis=1))
 
     def _moves_alike(self, keyframe: _Keyframe, uv0: np.ndarray, uv1: np.ndarray) -> np.ndarray:
-        """[N] bool: points that have moved as those near them which were never lost.
+        """[N] bool: points that have moved as those near them which are followed already.
 
         A pattern that repeats looks the same one period away, and moves there as a whole. What a camera that turns
         moves everything by is a homography; what is left is parallax, and neighbours share it.
         """
         _, here, there = np.intersect1d(self._ids, keyframe.ids, assume_unique=True, return_indices=True)
-        if len(here) < _MIN_MATCHES:
+        if len(here) < _MIN_MATCHES or len(uv0) == 0:
             return np.ones(len(uv0), bool)
         kept0, kept1, width = keyframe.uv[there], self._uv[here], keyframe.gray.shape[1]
         H, _ = cv2.findHomography(kept0, kept1, cv2.RANSAC, _ALIKE * width, maxIters=500)
-        if H is None or len(uv0) == 0:
+        if H is None:
             return np.ones(len(uv0), bool)
         kept, found = (b - cv2.perspectiveTransform(a[:, None], H)[:, 0] for a, b in ((kept0, kept1), (uv0, uv1)))
         nearest = _nearest(uv0, kept0, _NEIGHBOURS)

@@ -177,7 +177,7 @@ def _descend(
         H, g = _normal_equations(look, np.where(look.front, weight / (1.0 + look.squared / loss**2), 0.0))
         xi = -np.linalg.solve(H + np.diag(np.diag(H) * 1e-6 + 1e-9), g)
         xi = np.clip(xi, -0.5 * distance, 0.5 * distance)
-        T = T @ make_T(cv2.Rodrigues(xi[3:])[0], xi[:3])
+        T = T @ make_T(cv2.Rodrigues(xi[3:])[0], xi[:3])  # as se3_exp, which takes ten times as long for one
         if i >= len(wide) and np.abs(xi).max() < tolerance * min(distance, 1.0):
             break
     return T, H

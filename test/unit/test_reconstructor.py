@@ -61,6 +61,13 @@ def test_a_camera_that_stands_still_has_a_pose_from_the_first_frame_on(stream):
     assert ate(estimated, stream.T_world_camera[:, :3, 3])[0] < 2e-3
 
 
+def test_a_camera_that_nothing_counts_as_standing_is_mapped_like_any_other(stream):
+    frames = [dataclasses.replace(stream.frames[0], stamp_ns=i * 10**8) for i in range(80)]
+    _, updates = run(dataclasses.replace(stream, frames=frames), Oracle(stream), window__static_flow=0.0)
+    assert [p.stamp_ns for p in poses_of(updates)] == [f.stamp_ns for f in frames]
+    assert any(u.window for u in updates[:-1])
+
+
 def test_an_ideal_backbone_gives_an_exact_path(stream):
     reconstructor, _ = run(stream)
     estimated = np.stack([T[:3, 3] for _, T in reconstructor.trajectory()])
