@@ -340,7 +340,7 @@ class Timed(Reconstructor):
         started = time.thread_time()
         super()._advance(job, stamp_ns)
         self._spent += time.thread_time() - started
-        if self._job is None:
+        if job not in self._jobs:
             self.times["window"].append(self._spent + self.times["solve"][-1])
             self._spent = 0.0
 

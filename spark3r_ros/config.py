@@ -84,6 +84,10 @@ class WindowConfig(_Group):
         2.0, "seconds after which a moving camera's frame becomes a keyframe whatever its flow",
         ge=0.0, le=3600.0, dynamic=True,
     )  # fmt: skip
+    min_keyframe_interval: float = param(
+        0.15, "seconds before which what would be a keyframe only brings points to follow, where the sparse map tracks",
+        ge=0.0, le=3600.0, dynamic=True,
+    )  # fmt: skip
     min_survival: float = param(
         0.35, "a frame is a keyframe when fewer of the last one's features than this share are still in view, or, "
         "where frames come 0.3 s apart or more, will be in the one after the first",

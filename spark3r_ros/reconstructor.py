@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 
 import cv2
@@ -62,12 +63,14 @@ from spark3r_ros.tracking import (
 )
 from spark3r_ros.tracks import FeatureTracker, Tracks
 from spark3r_ros.trajectory import Trajectory
-from spark3r_ros.windows import DepthMap, Gate, Keyframe, Window, gate
+from spark3r_ros.windows import DepthMap, Gate, Keyframe, Support, Window, gate
 
 __all__ = ["FrameError", "MapFileError", "Reconstructor"]
 
-LAG_NS = 400_000_000  # how long the network may work beside the stream before the stream waits for it
-DENSE_LAG_NS = 500_000_000  # and dense depth after it; the frames behind the join catch up meanwhile
+NETWORK_NS = 50_000_000  # per keyframe that the network may work beside the stream before the stream waits for it
+DENSE_NS = 125_000_000  # and dense depth after it; the frames behind the join catch up meanwhile
+SLOW_NS = 400_000_000  # between frames that leave time for a window
+MAX_GROWTH = 2  # times window.size that a window may grow to while the one before it is on its way
 PIECE_NS = 100_000_000  # of a window's further way into the map, one piece is done per so much time between frames
 STILL_FLOW = 0.001  # share of the image's width that noise moves the points of a camera at rest by
 SIGHTED_SIGMA = 0.01  # rad and share of the scene's distance, of a pose from recognised corners
@@ -101,7 +104,7 @@ class Tracked:
     seen: Seen
     estimate: Estimate
     interval_ns: int  # since the frame before
-    is_keyframe: bool
+    role: Gate  # what it is going to be
 
 
 @dataclass(eq=False)
@@ -158,10 +161,11 @@ class Reconstructor:
         """Forget the stream and the map."""
         self._preprocess: Preprocessor | None = None
         self._window = Window(self.config.window)
-        self._job: Job | None = None
+        self._jobs: list[Job] = []  # windows on their way, oldest first; only the last may not be joined yet
         self._tracked: Tracked | None = None  # the last frame, while the map does not know it yet
         self._solved: list[Solved] = []  # windows that are finished and not told yet
         self._keyframes: dict[int, Keyframe] = {}
+        self._sparse: dict[int, Keyframe | Support] = {}  # by frame: what the sparse map knows as its keyframes
         self._points = PointMap(self.config.map)
         self._trajectory = Trajectory()
         self._waiting: list[Seen] = []  # frames that came before the first window was solved
@@ -216,9 +220,9 @@ class Reconstructor:
         self._advance_odometry(estimate.T_world_camera)
         self._trajectory.append(frame.stamp_ns, estimate.T_world_camera, self._newest)
         just_lost = segment != self._segment  # features start again with the next frame
-        is_keyframe = seen.gate is Gate.KEYFRAME and not just_lost and not self._is_cut_off(seen, estimate)
-        self._tracked = Tracked(seen, estimate, interval_ns, is_keyframe)
-        return self._answer([self._pose_of(seen, estimate, is_keyframe)])
+        role = Gate.MOVING if just_lost or self._is_cut_off(seen, estimate) else seen.gate
+        self._tracked = Tracked(seen, estimate, interval_ns, role)
+        return self._answer([self._pose_of(seen, estimate, role is Gate.KEYFRAME)])
 
     def update_map(self) -> Update:
         """What the last frame means for the map: a keyframe, a window or a piece of one; returns what changed.
@@ -245,10 +249,12 @@ class Reconstructor:
         if tracked is None:
             return
         stamp_ns = tracked.seen.frame.stamp_ns
-        if tracked.is_keyframe:
+        if tracked.role is Gate.KEYFRAME:
             keyframe = self._add_keyframe(tracked.seen, tracked.estimate)
             self._trajectory.replace(-1, keyframe.T_world_camera, keyframe)  # its own frame is where the keyframe is
-        self._work(stamp_ns, tracked.interval_ns, tracked.is_keyframe)
+        elif tracked.role is Gate.SUPPORT:
+            self._add_support(tracked.seen, tracked.estimate)
+        self._work(stamp_ns, tracked.interval_ns, tracked.role in (Gate.KEYFRAME, Gate.SUPPORT))
         self._refresh_odom()
 
     # -- looking at a frame --------------------------------------------------------------------------------------
@@ -269,7 +275,7 @@ class Reconstructor:
         return Seen(frame, self._num_frames - 1, self._preprocess, gray, tracks, decision, corners)
 
     def _decide(self, frame: Frame, gray: np.ndarray, tracks: Tracks) -> tuple[Gate, Corners | None]:
-        """Static, moving or keyframe; a keyframe comes with its corners, and without corners there is none."""
+        """What becomes of the frame; a keyframe comes with its corners, and without corners there is none."""
         newest = self._keyframes.get(self._next_keyframe - 1)
         decision = Gate.KEYFRAME  # the first frame of a segment
         if newest is not None and newest.segment == self._segment:
@@ -277,6 +283,12 @@ class Reconstructor:
             flow = tracks.flow_px / frame.image.shape[1]
             is_next = newest.frame_index == self._num_frames - 1
             decision = gate(self.config.window, flow, tracks.survival, seconds, is_next, self._is_starting)
+            if self._refiner is not None and self._refiner.is_initialised:
+                is_soon = seconds < self.config.window.min_keyframe_interval
+                if is_soon and decision is Gate.KEYFRAME and len(tracks.ids) >= self.config.window.min_features:
+                    decision = Gate.SUPPORT
+                elif not is_soon and isinstance(next(reversed(self._sparse.values())), Support):
+                    decision = Gate.KEYFRAME  # one that has waited
         if decision is not Gate.KEYFRAME:
             return decision, None
         corners = describe(gray, frame.camera, self.config.loops.corners)
@@ -332,21 +344,40 @@ class Reconstructor:
         self._move(keyframe, T_world_camera)
         if estimate is not None and self._state is not TrackingState.LOST:  # a lost camera's segment starts afresh
             keyframe.covariance = estimate.covariance
-        tracks = self._features.set_keyframe(keyframe.id)
-        if self._refiner is not None:
-            fit = self._refiner.add_keyframe(keyframe.id, tracks, estimate.tracked if estimate is not None else None)
-            keyframe.num_inliers = fit.num_inliers if fit is not None else None
-            self._follow_refiner([*self._window.keyframes, keyframe])
+        keyframe.num_inliers = self._extend_sparse(keyframe, estimate)
         self._window.add(keyframe)
         return keyframe
 
-    def _follow_refiner(self, keyframes: Sequence[Keyframe]) -> None:
-        """Take over the poses that the sparse map has for these keyframes."""
-        assert self._refiner is not None
-        for keyframe in keyframes:
-            T = self._refiner.pose(keyframe.id)
+    def _add_support(self, seen: Seen, estimate: Estimate) -> None:
+        row, T_world_camera = len(self._trajectory) - 1, estimate.T_world_camera
+        self._extend_sparse(Support(seen.index, row, self._newest, T_world_camera, estimate.covariance), estimate)
+
+    def _extend_sparse(self, view: Keyframe | Support, estimate: Estimate | None) -> int | None:
+        """New points to follow, and one more camera in the sparse map; tracked points that tie it to the others."""
+        tracks = self._features.set_keyframe(view.frame_index)
+        self._sparse[view.frame_index] = view
+        if self._refiner is None:
+            return None
+        tracked = estimate.tracked if estimate is not None else None
+        fit = self._refiner.add_keyframe(view.frame_index, tracks, tracked)
+        for moved in self._sparse_since(self._window.keyframes[0] if self._window.keyframes else view):
+            T = self._refiner.pose(moved.frame_index)
             if T is not None:
-                self._move(keyframe, T)
+                self._place(moved, T)
+        return fit.num_inliers if fit is not None else None
+
+    def _sparse_since(self, first: Keyframe | Support) -> list[Keyframe | Support]:
+        """What the sparse map knows from this frame on, in order."""
+        views = reversed(self._sparse.values())
+        return list(takewhile(lambda view: view.frame_index >= first.frame_index, views))[::-1]
+
+    def _place(self, view: Keyframe | Support, T_world_camera: np.ndarray) -> None:
+        """Take over the pose that the sparse map has."""
+        if isinstance(view, Keyframe):
+            self._move(view, T_world_camera)
+        else:
+            view.T_world_camera = T_world_camera
+            self._trajectory.replace(view.row, T_world_camera, view.keyframe)
 
     def _move(self, keyframe: Keyframe, T_world_camera: np.ndarray) -> None:
         """Give a keyframe its pose in the world, and so in the map."""
@@ -358,7 +389,7 @@ class Reconstructor:
 
     @property
     def _is_starting(self) -> bool:
-        return self._job is None and not self._num_windows and self._state is TrackingState.INITIALISING
+        return not self._jobs and not self._num_windows and self._state is TrackingState.INITIALISING
 
     def _initialise(self, seen: Seen) -> list[FramePose]:
         """The world begins where the camera stands; once it moves, frames wait until the first window can be solved."""
@@ -382,12 +413,12 @@ class Reconstructor:
     def _start(self, stamp_ns: int) -> list[FramePose]:
         """Solve the first window and give every waiting frame its pose; the rest of it follows piece by piece."""
         self._begin_window(stamp_ns)
-        while self._job is not None and not self._job.is_joined:
-            self._advance(self._job, stamp_ns)
-        assert self._job is not None
+        job = self._jobs[0]
+        while not job.is_joined:
+            self._advance(job, stamp_ns)
         if self._refiner is None or not self._refiner.is_initialised:
             self._complete()
-        elif len(self._job.keyframes) > 1:
+        elif len(job.keyframes) > 1:
             self._state = TrackingState.TRACKING
         waiting, self._waiting = self._waiting, []
         by_frame = {k.frame_index: k for k in self._keyframes.values()}
@@ -416,7 +447,7 @@ class Reconstructor:
         if tracked is None:
             self._complete()  # the network has one context
             estimate = self._tracker.track(seen.network.rgb)
-            estimate = self._with_drift(seen, estimate, {self._tracker.anchor.id: 1.0})
+            estimate = self._with_drift(seen, estimate, {self._tracker.anchor.frame_index: 1.0})
             return replace(estimate, confidence=0.0) if self._overlaps_too_little(seen) else estimate
         confidence = _inlier_confidence(tracked.num_inliers) if tracked.is_reliable else 0.0
         estimate = Estimate(tracked.T_world_camera, tracked.covariance, confidence, tracked)
@@ -429,7 +460,7 @@ class Reconstructor:
             seconds = 1e-9 * (seen.frame.stamp_ns - self._trajectory.last_stamp_ns)
             turn_rate = float(geometry.rotation_angle(R_last.T @ estimate.T_world_camera[:3, :3])) / seconds
         doubt = 1.0 if self._num_windows else FIRST_WINDOW_DOUBT
-        return with_drift(estimate, anchors, self._keyframes, turn_rate, doubt)
+        return with_drift(estimate, anchors, self._sparse, turn_rate, doubt)
 
     def _overlaps_too_little(self, seen: Seen) -> bool:
         return seen.tracks.survival < self.config.window.lost_overlap
@@ -526,15 +557,19 @@ class Reconstructor:
         the machine is. Tracking by the network needs the network: then the whole window is solved at once.
         """
         if self._window_is_due:
-            self._complete()
-            self._begin_window(stamp_ns)
             found = self._recovering or self._state is TrackingState.LOST
-            if self._refiner is None or found or interval_ns >= LAG_NS:  # slow cameras leave time for all of it
+            at_once = self._refiner is None or found or interval_ns >= SLOW_NS
+            if at_once or len(self._window.keyframes) >= MAX_GROWTH * self.config.window.size:
                 self._complete()
-        elif self._job is not None and stamp_ns >= self._job.due_ns + is_busy * PIECE_NS:
+            if all(job.is_joined for job in self._jobs):
+                self._begin_window(stamp_ns)
+                if at_once:
+                    self._complete()
+                return
+        if self._jobs and stamp_ns >= self._jobs[0].due_ns + is_busy * PIECE_NS:
             for _ in range(max(1, interval_ns // PIECE_NS)):
-                if self._job is not None and stamp_ns >= self._job.due_ns:
-                    self._advance(self._job, stamp_ns)
+                if self._jobs and stamp_ns >= self._jobs[0].due_ns:
+                    self._advance(self._jobs[0], stamp_ns)
 
     def _solve_window(self) -> None:
         """The whole way of a window into the map, at once."""
@@ -542,9 +577,9 @@ class Reconstructor:
         self._complete()
 
     def _complete(self) -> None:
-        """Finish the window that is under way, if there is one."""
-        while self._job is not None:
-            self._advance(self._job, 0)
+        """Finish the windows that are on their way."""
+        while self._jobs:
+            self._advance(self._jobs[0], 0)
 
     def _begin_window(self, stamp_ns: int) -> None:
         """Hand the window to the network."""
@@ -552,7 +587,9 @@ class Reconstructor:
         keyframes, new = self._window.keyframes, list(self._window.new)
         previous, before_last = self._window.previous_of(keyframes), self._window.previous_of(keyframes[-1:])
         solution = self._beside.submit(self._solver.solve, keyframes, previous)
-        self._job = Job(keyframes, new, before_last, self._window.slide(), stamp_ns + LAG_NS, solution)
+        start_ns = max([stamp_ns] + [job.due_ns for job in self._jobs])  # dense depth of the window before comes first
+        due_ns = start_ns + NETWORK_NS * len(keyframes)
+        self._jobs.append(Job(keyframes, new, before_last, self._window.slide(), due_ns, solution))
 
     def _advance(self, job: Job, stamp_ns: int) -> None:
         """One piece of a window's way into the map; ``stamp_ns``: now."""
@@ -560,26 +597,26 @@ class Reconstructor:
         try:
             solution = job.solution.result()
         except BaseException:
-            self._job = None  # it will not get better
+            self._jobs.remove(job)  # it will not get better
             raise
         if job.T_world_camera is None:
             self._solver.learn_intrinsics(solution.K)
             self._align(job, solution)
         elif not job.is_joined:
             self._join_window(job, solution)
-            job.due_ns = stamp_ns + DENSE_LAG_NS
+            job.due_ns = stamp_ns + DENSE_NS * len(job.new)
         elif job.unfinished:
             self._finish_keyframe(job, job.unfinished.pop(0), solution)
         job.seconds += time.perf_counter() - started
         if job.is_joined and not job.unfinished:
-            self._job = None
+            self._jobs.remove(job)
             self._finish_window(job, solution)
 
     def _join_window(self, job: Job, solution: Solution) -> None:
         """Poses and depths of the window, in the world; its keys into the context."""
         self._join(job, solution)
         if self._refiner is not None and len(job.keyframes) > 1:
-            self._refine(self._refiner, [*job.keyframes, *self._window.new])
+            self._refine(self._refiner, job.keyframes[0])
         self._solver.commit(job.keyframes)
         if self._refiner is not None and self.config.refine.dense:
             job.deeper = self._deepen(job.new, job.keyframes)
@@ -650,24 +687,24 @@ class Reconstructor:
                 keyframe.dense = DepthMap(job.scale * solution.depth[i], solution.confidence[i], solution.K)
             self._move(keyframe, T)
 
-    def _refine(self, refiner: Refiner, keyframes: Sequence[Keyframe]) -> None:
-        """Adjust poses to feature tracks and new depths to landmarks, of the window and of keyframes behind it."""
+    def _refine(self, refiner: Refiner, first: Keyframe) -> None:
+        """Adjust poses to feature tracks and new depths to landmarks, of this keyframe and of all behind it."""
         assert self._preprocess is not None
-        T_network = np.stack([k.T_world_camera for k in keyframes])
-        priors = {k.id: _prior(k.dense) for k in keyframes if k.dense is not None}
-        refined = refiner.solve([k.id for k in keyframes], T_network, priors)
+        views = [view for view in self._sparse_since(first) if view.frame_index in refiner]
+        T_network = np.stack([view.T_world_camera for view in views])
+        keyframes = [view for view in views if isinstance(view, Keyframe)]
+        priors = {k.frame_index: _prior(k.dense) for k in keyframes if k.dense is not None}
+        refined = refiner.solve([view.frame_index for view in views], T_network, priors)
         if refined is None:
             return
         if self._preprocess.camera is None:  # the sparse map estimates the focal length too, and locks it
             self._solver.K = self._preprocess.resize.intrinsics_to_network(refined.K)
-        for keyframe, T_world_camera, factor in zip(
-            keyframes, refined.T_world_camera, refined.depth_scale, strict=True
-        ):
-            self._move(keyframe, T_world_camera)
-            dense = keyframe.dense
-            if dense is not None:
+        for view, T_world_camera, factor in zip(views, refined.T_world_camera, refined.depth_scale, strict=True):
+            self._place(view, T_world_camera)
+            dense = view.dense if isinstance(view, Keyframe) else None
+            if isinstance(view, Keyframe) and dense is not None:
                 K = dense.K if self._solver.K is None else self._solver.K
-                keyframe.dense = replace(dense, depth=(factor * dense.depth).astype(np.float32), K=K)
+                view.dense = replace(dense, depth=(factor * dense.depth).astype(np.float32), K=K)
 
     def _deepen(self, keyframes: Sequence[Keyframe], window: Sequence[Keyframe]) -> dict[int, Future[DepthMap]]:
         """Dense depth of keyframes from the flow to the others of their window, beside the stream; by id."""

@@ -11,7 +11,7 @@ from spark3r_ros import geometry
 from spark3r_ros.alignment import Link, robust_log_ratio
 from spark3r_ros.refine import TrackedPose
 from spark3r_ros.solver import Solution, Solver
-from spark3r_ros.windows import Keyframe
+from spark3r_ros.windows import Keyframe, Support
 
 MIN_ROTATION_SIGMA = 0.002  # rad
 MIN_TRANSLATION_SIGMA = 0.002  # over median depth
@@ -36,7 +36,7 @@ class Estimate:
 def with_drift(
     estimate: Estimate,
     anchors: Mapping[int, float],
-    keyframes: Mapping[int, Keyframe],
+    keyframes: Mapping[int, Keyframe | Support],
     turn_rate: float,
     doubt: float = 1.0,
 ) -> Estimate:
@@ -48,8 +48,8 @@ def with_drift(
 
     Args:
         estimate: a pose and its covariance against the keyframes.
-        anchors: their ids and shares in holding it. What they have is averaged, not fused: it is the same drift.
-        keyframes: by id.
+        anchors: their frames and shares in holding it. What they have is averaged, not fused: it is the same drift.
+        keyframes: by frame.
         turn_rate: rad/s of the camera.
         doubt: times the sigma of the fit against the keyframes.
     """

@@ -22,6 +22,7 @@ class Gate(Enum):
 
     STATIC = "static"  # the camera has not moved since the last keyframe
     MOVING = "moving"  # moved, but not far enough: tracked only
+    SUPPORT = "support"  # far enough, but too soon: brings points to follow, the network does not see it
     KEYFRAME = "keyframe"
 
 
@@ -96,6 +97,21 @@ class Keyframe:
     def retire(self) -> None:
         """Drop the images of a keyframe that has left the window, and corners if it was never solved."""
         self.rgb = self.dense = self.metric_depth = self.corners = None
+
+
+@dataclass(eq=False)
+class Support:
+    """A frame that only the sparse map remembers: where a camera turns fast, its points bridge two keyframes."""
+
+    frame_index: int
+    row: int  # in the trajectory
+    keyframe: Keyframe  # the one before, that its place in the trajectory is relative to
+    T_world_camera: np.ndarray  # [4, 4]
+    covariance: np.ndarray  # [6, 6] as a keyframe's
+
+    @property
+    def median_depth(self) -> float:
+        return self.keyframe.median_depth
 
 
 class Window:

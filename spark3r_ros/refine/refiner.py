@@ -107,6 +107,9 @@ class Refiner:
     def num_landmarks(self) -> int:
         return len(self._table)
 
+    def __contains__(self, keyframe_id: int) -> bool:
+        return keyframe_id in self._keyframes
+
     def pose(self, keyframe_id: int) -> np.ndarray | None:
         """T_world_camera [4, 4] of a keyframe of the map; None before it has one."""
         keyframe = self._keyframes.get(keyframe_id)

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from spark3r_ros.backbone import load_backbone
 from spark3r_ros.config import Config, with_values
 from spark3r_ros.frame import CameraModel, Frame, FramePose, TrackingState
-from spark3r_ros.reconstructor import Reconstructor
+from spark3r_ros.reconstructor import MAX_GROWTH, Reconstructor
+from spark3r_ros.windows import Support
 from training.paths import camera_path
 from training.scenes import Scene, camera_matrix
 
@@ -200,6 +201,61 @@ def test_how_fast_the_network_is_changes_nothing(images, backbone):
     assert results[0][0] == results[1][0]
     assert np.array_equal(results[0][1], results[1][1])
     assert np.array_equal(results[0][2], results[1][2])
+
+
+@pytest.fixture(scope="module")
+def fast_images() -> list[np.ndarray]:
+    """A camera that turns so fast that every frame would be a keyframe."""
+    return rendered("orbit", 120, 3)[::4]
+
+
+def keyframe_gaps(images, backbone, **values) -> tuple[Reconstructor, np.ndarray]:
+    """Seconds between keyframes once the map has begun."""
+    config = with_values(Config(), {"window.keyframe_flow": 0.02} | {f"window.{k}": v for k, v in values.items()})
+    reconstructor = Reconstructor(config, backbone)
+    poses = push_all(reconstructor, as_frames(images))
+    assert [p.stamp_ns for p in poses] == [i * 10**8 for i in range(len(images))]
+    stamps = np.array([stamp for stamp, _ in reconstructor.keyframe_poses()])
+    return reconstructor, 1e-9 * np.diff(stamps[stamps > 15 * 10**8])
+
+
+def test_between_hasty_keyframes_the_sparse_map_has_its_own(fast_images, backbone):
+    reconstructor, gaps = keyframe_gaps(fast_images, backbone)
+    assert len(gaps) >= 4
+    assert (gaps > 0.15).all()
+    supports = [view for view in reconstructor._sparse.values() if isinstance(view, Support)]
+    assert len(supports) >= 4
+    assert all(view.frame_index in reconstructor._refiner for view in supports)
+    poses = reconstructor.trajectory()
+    for view in supports:  # its frame is where the sparse map has it, whatever was adjusted since
+        assert np.allclose(poses[view.frame_index][1], reconstructor._refiner.pose(view.frame_index), atol=1e-9)
+
+
+def test_hasty_keyframes_may_be_allowed(fast_images, backbone):
+    reconstructor, gaps = keyframe_gaps(fast_images, backbone, min_keyframe_interval=0.0)
+    assert (gaps < 0.15).any()
+    assert not any(isinstance(view, Support) for view in reconstructor._sparse.values())
+
+
+def test_a_window_waits_until_the_one_before_has_joined(fast_images, backbone):
+    """It grows meanwhile, up to a bound, and the frame that completes it is not held up."""
+
+    class Noted(Reconstructor):
+        def reset(self):
+            super().reset()
+            self.sizes = []
+
+        def _begin_window(self, stamp_ns):
+            assert all(job.is_joined for job in self._jobs)
+            self.sizes.append(len(self._window.keyframes))
+            super()._begin_window(stamp_ns)
+
+    values = {"window.keyframe_flow": 0.02, "window.min_keyframe_interval": 0.0, "window.size": 4, "window.overlap": 2}
+    reconstructor = Noted(with_values(Config(), values), backbone)
+    push_all(reconstructor, as_frames(fast_images))
+    assert max(reconstructor.sizes[1:-1]) > 4
+    assert max(reconstructor.sizes) <= MAX_GROWTH * 4
+    assert not reconstructor._jobs
 
 
 def test_no_frame_aligns_and_joins_a_window(images, backbone):
