@@ -49,7 +49,7 @@ class Frame:
 
 
 class TrackingState(str, Enum):
-    INITIALISING = "initialising"  # the first window is not solved yet
+    INITIALISING = "initialising"  # nothing places a camera that moves yet
     TRACKING = "tracking"
     LOST = "lost"  # poses are extrapolated, their covariance is huge
 

@@ -48,13 +48,14 @@ from spark3r_ros.places import Corners, PlaceStore, Sighting, describe, make_pla
 from spark3r_ros.point_map import KeyframePoints, PointMap, keyframe_points, trusted
 from spark3r_ros.preprocess import FrameError, NetworkImage, Preprocessor
 from spark3r_ros.recovery import Watch, find_again, sighted_pose, sparse_view
-from spark3r_ros.refine import DenseView, DepthPrior, Refiner, dense_depth
+from spark3r_ros.refine import DenseView, DepthPrior, RefinedWindow, Refiner, dense_depth
 from spark3r_ros.scale import Measurement, OdometrySource, ScaleFilter, from_depth, from_height, from_model
 from spark3r_ros.solver import Solution, Solver
 from spark3r_ros.tracking import (
     FIRST_WINDOW_DOUBT,
     LOST_SIGMA,
     MIN_ROTATION_SIGMA,
+    SCOUT_DOUBT,
     TIMING_SIGMA,
     Estimate,
     NetworkTracker,
@@ -68,9 +69,13 @@ from spark3r_ros.windows import DepthMap, Gate, Keyframe, Support, Window, gate
 __all__ = ["FrameError", "MapFileError", "Reconstructor"]
 
 NETWORK_NS = 50_000_000  # per keyframe that the network may work beside the stream before the stream waits for it
+START_NS = 75_000_000  # and the sparse map's start, per keyframe of the first window
 DENSE_NS = 125_000_000  # and dense depth after it; the frames behind the join catch up meanwhile
 SLOW_NS = 400_000_000  # between frames that leave time for a window
 MAX_GROWTH = 2  # times window.size that a window may grow to while the one before it is on its way
+SCOUT_FRAMES = 4  # that the scout's first look takes at least
+RETRACKED = 2  # frames of the scout that are placed again with each that follows the first window
+SCOUT_VIEWS = 6  # and how many of them it keeps, keyframes aside
 PIECE_NS = 100_000_000  # of a window's further way into the map, one piece is done per so much time between frames
 STILL_FLOW = 0.001  # share of the image's width that noise moves the points of a camera at rest by
 SIGHTED_SIGMA = 0.01  # rad and share of the scene's distance, of a pose from recognised corners
@@ -120,6 +125,7 @@ class Job:
     link: Link | None = None
     T_world_camera: np.ndarray | None = None  # [S, 4, 4] the network's poses, once they are aligned
     scale: float = 1.0  # of the network's depths, likewise
+    start: Future[RefinedWindow | None] | None = None  # of the sparse map, where a scout leaves time for it
     deeper: dict[int, Future[DepthMap]] = field(default_factory=dict)  # dense depth of the new keyframes, by id
     unfinished: list[Keyframe] = field(default_factory=list)
     is_joined: bool = False
@@ -168,7 +174,12 @@ class Reconstructor:
         self._sparse: dict[int, Keyframe | Support] = {}  # by frame: what the sparse map knows as its keyframes
         self._points = PointMap(self.config.map)
         self._trajectory = Trajectory()
-        self._waiting: list[Seen] = []  # frames that came before the first window was solved
+        self._is_starting = True  # no window has joined the map
+        self._waiting: list[Seen] = []  # moving frames from before anything could place them
+        self._moving_since_ns = 0  # stamp of the last frame before them
+        self._scout: Refiner | None = None  # a rough sparse map that places frames until the first window has joined
+        self._scouted: list[tuple[int, Tracks]] = []  # rows of the trajectory that it placed, to be placed better
+        self._start_views: list[tuple[Keyframe, Tracks]] = []  # keyframes from before that, with their points
         self._last_stamp_ns = -(2**63)
         self._next_keyframe = 0
         self._segment = 0
@@ -204,8 +215,8 @@ class Reconstructor:
     def track(self, frame: Frame) -> Update:
         """Answer one frame at once; returns the poses that are known now, and nothing about the map.
 
-        Every frame gets exactly one pose, in stamp order: at once, or, if the camera moves before the first window is
-        solved, with it.
+        Every frame gets exactly one pose, in stamp order: at once, or, when the camera begins to move, as soon as its
+        first frames tell where they are.
 
         Raises:
             FrameError: the frame cannot be used; the stream goes on without it.
@@ -213,12 +224,14 @@ class Reconstructor:
         self._catch_up()
         interval_ns = frame.stamp_ns - self._last_stamp_ns
         seen = self._see(frame)
-        if self._is_starting:
-            return self._answer(self._initialise(seen))
+        if self._is_starting and self._scout is None:
+            return self._answer(self._initialise(seen, interval_ns))
         segment = self._segment
         estimate = self._track_or_lose(seen)
         self._advance_odometry(estimate.T_world_camera)
         self._trajectory.append(frame.stamp_ns, estimate.T_world_camera, self._newest)
+        if self._scout is not None:
+            self._scouted.append((len(self._trajectory) - 1, seen.tracks))
         just_lost = segment != self._segment  # features start again with the next frame
         role = Gate.MOVING if just_lost or self._is_cut_off(seen, estimate) else seen.gate
         self._tracked = Tracked(seen, estimate, interval_ns, role)
@@ -252,9 +265,14 @@ class Reconstructor:
         if tracked.role is Gate.KEYFRAME:
             keyframe = self._add_keyframe(tracked.seen, tracked.estimate)
             self._trajectory.replace(-1, keyframe.T_world_camera, keyframe)  # its own frame is where the keyframe is
+            if self._scout is not None:
+                self._scouted.pop()
         elif tracked.role is Gate.SUPPORT:
             self._add_support(tracked.seen, tracked.estimate)
         self._work(stamp_ns, tracked.interval_ns, tracked.role in (Gate.KEYFRAME, Gate.SUPPORT))
+        if self._scout is None:
+            for _ in range(RETRACKED):
+                self._place_scouted()
         self._refresh_odom()
 
     # -- looking at a frame --------------------------------------------------------------------------------------
@@ -282,8 +300,9 @@ class Reconstructor:
             seconds = 1e-9 * (frame.stamp_ns - newest.stamp_ns)
             flow = tracks.flow_px / frame.image.shape[1]
             is_next = newest.frame_index == self._num_frames - 1
-            decision = gate(self.config.window, flow, tracks.survival, seconds, is_next, self._is_starting)
-            if self._refiner is not None and self._refiner.is_initialised:
+            is_gathering = self._is_starting and not self._jobs
+            decision = gate(self.config.window, flow, tracks.survival, seconds, is_next, is_gathering)
+            if self._refiner is not None and not is_gathering and self._sparse_map.is_initialised:
                 is_soon = seconds < self.config.window.min_keyframe_interval
                 if is_soon and decision is Gate.KEYFRAME and len(tracks.ids) >= self.config.window.min_features:
                     decision = Gate.SUPPORT
@@ -313,6 +332,8 @@ class Reconstructor:
         camera, (height, width) = self._preprocess.camera, self._preprocess.image_shape[:2]
         self._features = FeatureTracker(self.config.refine, camera)
         self._refiner = Refiner(self.config.refine, width, height, camera) if self._refine_is_on else None
+        self._scout = None
+        self._scouted.clear()
 
     @property
     def _refine_is_on(self) -> bool:
@@ -358,13 +379,30 @@ class Reconstructor:
         self._sparse[view.frame_index] = view
         if self._refiner is None:
             return None
-        tracked = estimate.tracked if estimate is not None else None
-        fit = self._refiner.add_keyframe(view.frame_index, tracks, tracked)
-        for moved in self._sparse_since(self._window.keyframes[0] if self._window.keyframes else view):
-            T = self._refiner.pose(moved.frame_index)
+        if self._is_starting and isinstance(view, Keyframe):
+            self._start_views.append((view, tracks))
+            if not self._jobs:
+                self._refiner.add_keyframe(view.frame_index, tracks)  # for the first window
+        fit = None
+        if self._scout is not None or not self._is_starting:
+            tracked = estimate.tracked if estimate is not None else None
+            fit = self._sparse_map.add_keyframe(view.frame_index, tracks, tracked)
+            self._follow_sparse_map(self._window.keyframes[0] if self._window.keyframes else view)
+        return fit.num_inliers if fit is not None and not self._is_starting else None
+
+    @property
+    def _sparse_map(self) -> Refiner:
+        """The one that places frames."""
+        sparse_map = self._scout or self._refiner
+        assert sparse_map is not None
+        return sparse_map
+
+    def _follow_sparse_map(self, first: Keyframe | Support) -> None:
+        """Take over the poses that it has from this frame on."""
+        for view in self._sparse_since(first):
+            T = self._sparse_map.pose(view.frame_index)
             if T is not None:
-                self._place(moved, T)
-        return fit.num_inliers if fit is not None else None
+                self._place(view, T)
 
     def _sparse_since(self, first: Keyframe | Support) -> list[Keyframe | Support]:
         """What the sparse map knows from this frame on, in order."""
@@ -387,28 +425,52 @@ class Reconstructor:
 
     # -- before the first window ---------------------------------------------------------------------------------
 
-    @property
-    def _is_starting(self) -> bool:
-        return not self._jobs and not self._num_windows and self._state is TrackingState.INITIALISING
-
-    def _initialise(self, seen: Seen) -> list[FramePose]:
-        """The world begins where the camera stands; once it moves, frames wait until the first window can be solved."""
-        crowded = len(self._waiting) + 1 >= self.config.window.max_pending
+    def _initialise(self, seen: Seen, interval_ns: int) -> list[FramePose]:
+        """The world begins where the camera stands; once it moves, frames wait for the scout, or without one for the
+        first window.
+        """
         if seen.gate is Gate.KEYFRAME:
             self._add_keyframe(seen, None)
         stands = seen.gate is not Gate.KEYFRAME and seen.tracks.flow_px < STILL_FLOW * seen.gray.shape[1]
         if not self._waiting and (stands or seen.index == 0):
             return [self._pose_at_origin(seen)]
+        if not self._waiting:
+            self._moving_since_ns = self._trajectory.last_stamp_ns
         self._waiting.append(seen)
-        waited = 1e-9 * (seen.frame.stamp_ns - self._trajectory.last_stamp_ns)
-        enough = self._window.can_start and waited >= self.config.window.first_seconds
-        ready = self._window.is_full or enough or crowded
-        return self._start(seen.frame.stamp_ns) if ready else []
+        if self._can_start(seen.frame.stamp_ns):
+            return self._start(seen.frame.stamp_ns)
+        if seen.gate is Gate.KEYFRAME and interval_ns < SLOW_NS and self._send_scout():
+            return self._pose_waiting()
+        return []
+
+    def _can_start(self, stamp_ns: int) -> bool:
+        """Whether there is enough for the first window."""
+        moved = 1e-9 * (stamp_ns - self._moving_since_ns) >= self.config.window.first_seconds
+        crowded = len(self._waiting) >= self.config.window.max_pending
+        return self._window.is_full or (self._window.can_start and moved) or crowded
 
     def _pose_at_origin(self, seen: Seen) -> FramePose:
         """Pose of the first frame, and of those that show what it shows."""
         self._trajectory.append(seen.frame.stamp_ns, np.eye(4), self._keyframes[0])
         return self._pose_of(seen, Estimate(np.eye(4), np.eye(6) * MIN_ROTATION_SIGMA**2, 1.0), seen.index == 0)
+
+    def _send_scout(self) -> bool:
+        """Place the first frames without waiting for the network: by their points alone, roughly."""
+        views = {keyframe.frame_index: tracks for keyframe, tracks in self._start_views}
+        between = [seen for seen in self._waiting if seen.index not in views]
+        if self._refiner is None or len(views) + len(between) < SCOUT_FRAMES:
+            return False
+        assert self._preprocess is not None
+        height, width = self._preprocess.image_shape[:2]
+        scout = Refiner(self.config.refine, width, height, self._preprocess.camera)
+        views |= {seen.index: seen.tracks for seen in between[:: -(-len(between) // SCOUT_VIEWS)]} if between else {}
+        for index in sorted(views):
+            scout.add_keyframe(index, views[index])
+        if scout.solve(sorted(views)) is None:
+            return False
+        self._scout, self._state = scout, TrackingState.TRACKING
+        self._follow_sparse_map(self._start_views[0][0])
+        return True
 
     def _start(self, stamp_ns: int) -> list[FramePose]:
         """Solve the first window and give every waiting frame its pose; the rest of it follows piece by piece."""
@@ -420,6 +482,9 @@ class Reconstructor:
             self._complete()
         elif len(job.keyframes) > 1:
             self._state = TrackingState.TRACKING
+        return self._pose_waiting()
+
+    def _pose_waiting(self) -> list[FramePose]:
         waiting, self._waiting = self._waiting, []
         by_frame = {k.frame_index: k for k in self._keyframes.values()}
         poses: list[FramePose] = []
@@ -432,8 +497,49 @@ class Reconstructor:
             self._advance_odometry(estimate.T_world_camera)
             anchor = keyframe or self._keyframe_before(seen.index)
             self._trajectory.append(seen.frame.stamp_ns, estimate.T_world_camera, anchor)
+            if self._scout is not None and keyframe is None:
+                self._scouted.append((len(self._trajectory) - 1, seen.tracks))
             poses.append(self._pose_of(seen, estimate, keyframe is not None))
         return poses
+
+    def _dismiss_scout(self, scout: Refiner, refiner: Refiner) -> None:
+        """The first window has joined the map, which places frames from now on, and keyframes of the meantime first."""
+        self._scout = None
+        if not refiner.is_initialised:
+            self._scouted.clear()
+            return
+        refiner.go_on_from(scout)
+        rates = turn_rates(
+            np.stack([keyframe.T_world_camera for keyframe, _ in self._start_views]),
+            np.array([keyframe.stamp_ns for keyframe, _ in self._start_views]),
+        )
+        for keyframe, _ in self._start_views:
+            keyframe.covariance = np.zeros((6, 6))
+        before = self._start_views[0][0]
+        for (keyframe, tracks), rate in zip(self._start_views, rates.tolist(), strict=True):
+            if keyframe.frame_index in refiner:
+                tracked = refiner.locate(tracks, keyframe.T_world_camera)
+            else:
+                T_scout = [scout.pose(k.frame_index) for k in (before, keyframe)]
+                assert T_scout[0] is not None
+                assert T_scout[1] is not None
+                tracked = refiner.locate(tracks, before.T_world_camera @ geometry.inverse(T_scout[0]) @ T_scout[1])
+                refiner.add_keyframe(keyframe.frame_index, tracks, tracked, adjust=False)  # the next one adjusts it
+                keyframe.num_inliers = tracked.num_inliers
+                self._move(keyframe, tracked.T_world_camera)
+            estimate = Estimate(keyframe.T_world_camera, tracked.covariance, 1.0, tracked)
+            estimate = with_drift(estimate, tracked.anchors, self._sparse, rate, FIRST_WINDOW_DOUBT)
+            keyframe.covariance, before = estimate.covariance, keyframe
+
+    def _place_scouted(self) -> None:
+        """Say of a frame that the scout placed, newest first, where the map has it; what was given out stays."""
+        if not self._scouted:
+            return
+        assert self._refiner is not None
+        row, tracks = self._scouted.pop()
+        tracked = self._refiner.locate(tracks, self._trajectory.world_pose(row, self._keyframes))
+        if tracked.is_reliable:
+            self._trajectory.replace(row, tracked.T_world_camera, self._trajectory.keyframe(row, self._keyframes))
 
     def _keyframe_before(self, index: int) -> Keyframe:
         return max((k for k in self._keyframes.values() if k.frame_index <= index), key=lambda k: k.id)
@@ -443,7 +549,7 @@ class Reconstructor:
     def _track(self, seen: Seen) -> Estimate:
         """Pose of one frame: from the sparse map where there is one, else by asking the network."""
         guess = self._trajectory.world_pose(-1, self._keyframes) if len(self._trajectory) else None
-        tracked = self._refiner.track(seen.tracks, guess) if self._refiner is not None else None
+        tracked = self._sparse_map.track(seen.tracks, guess) if self._refiner is not None else None
         if tracked is None:
             self._complete()  # the network has one context
             estimate = self._tracker.track(seen.network.rgb)
@@ -451,7 +557,8 @@ class Reconstructor:
             return replace(estimate, confidence=0.0) if self._overlaps_too_little(seen) else estimate
         confidence = _inlier_confidence(tracked.num_inliers) if tracked.is_reliable else 0.0
         estimate = Estimate(tracked.T_world_camera, tracked.covariance, confidence, tracked)
-        return self._with_drift(seen, estimate, tracked.anchors)
+        anchors = {self._newest.frame_index: 1.0} if self._scout is not None else tracked.anchors
+        return self._with_drift(seen, estimate, anchors)
 
     def _with_drift(self, seen: Seen, estimate: Estimate, anchors: Mapping[int, float]) -> Estimate:
         turn_rate = 0.0
@@ -459,7 +566,7 @@ class Reconstructor:
             R_last = self._trajectory.world_pose(-1, self._keyframes)[:3, :3]
             seconds = 1e-9 * (seen.frame.stamp_ns - self._trajectory.last_stamp_ns)
             turn_rate = float(geometry.rotation_angle(R_last.T @ estimate.T_world_camera[:3, :3])) / seconds
-        doubt = 1.0 if self._num_windows else FIRST_WINDOW_DOUBT
+        doubt = 1.0 if self._num_windows else SCOUT_DOUBT if self._scout is not None else FIRST_WINDOW_DOUBT
         return with_drift(estimate, anchors, self._sparse, turn_rate, doubt)
 
     def _overlaps_too_little(self, seen: Seen) -> bool:
@@ -467,11 +574,13 @@ class Reconstructor:
 
     def _is_cut_off(self, seen: Seen, estimate: Estimate) -> bool:
         """Whether nothing ties the frame to the map: made a keyframe, it would begin a second world inside this one."""
-        tracks = self._state is TrackingState.TRACKING and not self._recovering
+        tracks = self._state is TrackingState.TRACKING and not self._recovering and self._scout is None
         return tracks and estimate.confidence < self.config.window.lost_confidence and self._overlaps_too_little(seen)
 
     def _track_or_lose(self, seen: Seen) -> Estimate:
         """Track; when that has failed for a while, say so and look for the place among those that are known."""
+        if self._scout is not None:
+            return self._track(seen)
         if self._state is not TrackingState.LOST and not self._recovering:
             estimate = self._track(seen)
             if not self._watch.frame(seen.frame.stamp_ns, estimate.confidence):
@@ -544,7 +653,8 @@ class Reconstructor:
     def _window_is_due(self) -> bool:
         """A full window, or, when a lost camera has been found, as little as will do and knows where it is."""
         found = self._recovering and self._window.can_start and self._has_sighting(self._window.keyframes)
-        return self._window.is_full or found
+        starts = self._scout is not None and not self._jobs and self._can_start(self._last_stamp_ns)
+        return self._window.is_full or found or starts
 
     def _has_sighting(self, keyframes: Sequence[Keyframe]) -> bool:
         return any(k.frame_index in self._sightings for k in keyframes)
@@ -602,6 +712,9 @@ class Reconstructor:
         if job.T_world_camera is None:
             self._solver.learn_intrinsics(solution.K)
             self._align(job, solution)
+            if self._scout is not None and self._refiner is not None and len(job.keyframes) > 1:
+                job.start = self._beside.submit(self._refiner.solve, *_start_guess(job, solution))
+                job.due_ns = stamp_ns + START_NS * len(job.keyframes)
         elif not job.is_joined:
             self._join_window(job, solution)
             job.due_ns = stamp_ns + DENSE_NS * len(job.new)
@@ -616,7 +729,11 @@ class Reconstructor:
         """Poses and depths of the window, in the world; its keys into the context."""
         self._join(job, solution)
         if self._refiner is not None and len(job.keyframes) > 1:
-            self._refine(self._refiner, job.keyframes[0])
+            self._refine(self._refiner, job.keyframes[0], job.start)
+        self._is_starting = False
+        if self._scout is not None and self._refiner is not None:
+            self._dismiss_scout(self._scout, self._refiner)
+        self._start_views.clear()
         self._solver.commit(job.keyframes)
         if self._refiner is not None and self.config.refine.dense:
             job.deeper = self._deepen(job.new, job.keyframes)
@@ -635,7 +752,7 @@ class Reconstructor:
     def _finish_window(self, job: Job, solution: Solution) -> None:
         """All keyframes are in the map: what follows from the whole."""
         if solution.gauge is Gauge.METRIC:
-            log_scale, sigma = (job.link.log_scale, job.link.sigma) if job.link else (0.0, 0.0)
+            log_scale, sigma = (job.link.log_scale, job.link.sigma) if job.link else (float(np.log(job.scale)), 0.0)
             self._add_scale(from_model(job.new[-1], log_scale, sigma))
         self._loops.forget_places(self._keyframes)
         if self._loops.is_due:
@@ -665,7 +782,7 @@ class Reconstructor:
         """Where the world has a solved window: its link to the map, and poses from it."""
         known = self._known_views(job.keyframes, solution.K)
         # without anything known: the first camera stays where it was last seen, at first the origin of the world
-        unit = geometry.similarity(self._unknown_scale(solution), np.eye(4))
+        unit = geometry.similarity(self._unknown_scale(job.keyframes, solution), np.eye(4))
         S = job.keyframes[0].T_world_camera @ unit @ geometry.inverse(solution.T_window_camera[0])
         if known:
             here = [View(solution.T_window_camera[i], solution.depth[i], solution.confidence[i]) for i in known]
@@ -687,14 +804,18 @@ class Reconstructor:
                 keyframe.dense = DepthMap(job.scale * solution.depth[i], solution.confidence[i], solution.K)
             self._move(keyframe, T)
 
-    def _refine(self, refiner: Refiner, first: Keyframe) -> None:
-        """Adjust poses to feature tracks and new depths to landmarks, of this keyframe and of all behind it."""
+    def _refine(self, refiner: Refiner, first: Keyframe, start: Future[RefinedWindow | None] | None = None) -> None:
+        """Adjust poses to feature tracks and new depths to landmarks, of this keyframe and of all behind it.
+
+        ``start``: that is being done already.
+        """
         assert self._preprocess is not None
         views = [view for view in self._sparse_since(first) if view.frame_index in refiner]
         T_network = np.stack([view.T_world_camera for view in views])
         keyframes = [view for view in views if isinstance(view, Keyframe)]
         priors = {k.frame_index: _prior(k.dense) for k in keyframes if k.dense is not None}
-        refined = refiner.solve([view.frame_index for view in views], T_network, priors)
+        ids = [view.frame_index for view in views]
+        refined = start.result() if start is not None else refiner.solve(ids, T_network, priors)
         if refined is None:
             return
         if self._preprocess.camera is None:  # the sparse map estimates the focal length too, and locks it
@@ -807,14 +928,23 @@ class Reconstructor:
     def _scale(self) -> ScaleEstimate:
         return self._scale_filter.estimate
 
-    def _unknown_scale(self, solution: Solution) -> float:
+    def _unknown_scale(self, keyframes: Sequence[Keyframe], solution: Solution) -> float:
         """World units per window unit for a window that shares nothing with the map: as before, or as far away."""
         if not self._num_windows:
-            return 1.0
+            return self._scouted_scale(keyframes, solution)
         if solution.same_gauge and self._last_report is not None:
             return float(np.exp(self._last_report.log_scale))
         before = [k.median_depth for k in self._keyframes.values() if k.is_solved]
         return before[-1] / float(np.median(solution.depth))
+
+    def _scouted_scale(self, keyframes: Sequence[Keyframe], solution: Solution) -> float:
+        """World units per unit of the first window: poses were given out in those of the scout."""
+        if self._scout is None:
+            return 1.0
+        priors = [_prior(DepthMap(d, c, solution.K)) for d, c in zip(solution.depth, solution.confidence, strict=True)]
+        ratios = [self._scout.depth_ratio(k.frame_index, p) for k, p in zip(keyframes, priors, strict=True)]
+        known = [ratio for ratio in ratios if ratio is not None]
+        return float(np.median(known)) if known else 1.0
 
     def _points_of(self, keyframe: Keyframe, window: Sequence[Keyframe]) -> KeyframePoints:
         dense, rgb = keyframe.dense, keyframe.rgb
@@ -985,6 +1115,7 @@ class Reconstructor:
         self._corrections += 1
         if self._keyframes:
             self._state = TrackingState.LOST
+            self._is_starting = False
 
     @property
     def _model_name(self) -> str:
@@ -999,6 +1130,14 @@ def _dense_view(keyframe: Keyframe, rotation_sigma: float) -> DenseView:
 def _deepened(dense: DepthMap, view: DenseView, others: Sequence[DenseView]) -> DepthMap:
     depth, confidence = dense_depth(view, others, dense.depth, dense.confidence, dense.K)
     return replace(dense, depth=depth, confidence=confidence)
+
+
+def _start_guess(job: Job, solution: Solution) -> tuple[list[int], np.ndarray, dict[int, DepthPrior]]:
+    """What the sparse map of the first window is told: frames, the network's poses and depths."""
+    assert job.T_world_camera is not None
+    ids = [keyframe.frame_index for keyframe in job.keyframes]
+    depths = [DepthMap(job.scale * d, c, solution.K) for d, c in zip(solution.depth, solution.confidence, strict=True)]
+    return ids, job.T_world_camera, {i: _prior(depth) for i, depth in zip(ids, depths, strict=True)}
 
 
 def _prior(dense: DepthMap) -> DepthPrior:

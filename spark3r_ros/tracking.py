@@ -19,6 +19,7 @@ MIN_TRANSLATION_SIGMA = 0.002  # over median depth
 # next two were set on rendered streams: where positions are worst, they are off by one to two sigmas (docs/accuracy.md)
 INDEPENDENT_POINTS = 3
 FIRST_WINDOW_DOUBT = 2.0  # times the sigma of poses whose points were solved together with them
+SCOUT_DOUBT = 4.0  # and of those that a scout gave, from the first few frames alone
 TIMING_SIGMA = 0.005  # seconds between an image's stamp and the instant that it shows (exposure, readout)
 LOST_SIGMA = 1e3  # rad and output units: nobody should fuse this
 

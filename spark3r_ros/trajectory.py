@@ -38,6 +38,10 @@ class Trajectory:
         self._keyframes[row] = keyframe.id
         self._relative[row] = relative[:3]
 
+    def keyframe(self, row: int, keyframes: Mapping[int, Keyframe]) -> Keyframe:
+        """That frame ``row`` is relative to."""
+        return keyframes[int(self._keyframes[row])]
+
     @property
     def last_stamp_ns(self) -> int:
         return int(self._stamps[self._count - 1])

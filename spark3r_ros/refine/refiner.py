@@ -137,6 +137,20 @@ class Refiner:
             guess = nearest.T_world_camera @ self._rotation(nearest.ids, nearest.uv, tracks.ids, uv)
         else:
             guess = T_guess @ T_last_here
+        return self._located(tracks, uv, guess)
+
+    def locate(self, tracks: Tracks, T_guess: np.ndarray) -> TrackedPose:
+        """Pose a frame near ``T_guess`` [4, 4], whichever frame was tracked before. ``RuntimeError`` without a map."""
+        if not self.is_initialised:
+            raise RuntimeError("locate needs a map; call solve first")
+        uv_read, shutter = self._read(tracks.uv, tracks.motion)
+        return self._located(tracks, uv_read - self._readout * shutter, T_guess)
+
+    def go_on_from(self, other: Refiner) -> None:
+        """Another map has tracked the same stream up to here: the frame before is its own."""
+        self._last = other._last
+
+    def _located(self, tracks: Tracks, uv: np.ndarray, guess: np.ndarray) -> TrackedPose:
         rows, found = self._table.find(tracks.ids)
         if found.sum() >= 6:
             rows = rows[found]
@@ -183,10 +197,13 @@ class Refiner:
 
     # One keyframe
 
-    def add_keyframe(self, keyframe_id: int, tracks: Tracks, pose: TrackedPose | None = None) -> TrackedPose | None:
+    def add_keyframe(
+        self, keyframe_id: int, tracks: Tracks, pose: TrackedPose | None = None, adjust: bool = True
+    ) -> TrackedPose | None:
         """Give depth to a keyframe's points and adjust it with its neighbours; before the first window: store.
 
-        ``pose``: of the same frame, from ``track``; None: asked for here. ``ValueError`` when the number is not larger
+        ``pose``: of the same frame, from ``track``; None: asked for here. ``adjust`` False: what comes next adjusts it
+        too. ``ValueError`` when the number is not larger
         than all before.
         """
         if self._keyframes and keyframe_id <= max(self._keyframes):
@@ -200,9 +217,9 @@ class Refiner:
         if pose is None:
             return None
         keyframe.T_world_camera = pose.T_world_camera
-        if pose.is_reliable:
+        if pose.is_reliable and adjust:
             posed = self._posed()
-            recent = posed[-_LOCAL_FREE:]
+            recent = posed[1:][-_LOCAL_FREE:]  # the first holds the world
             self._adjust(recent, self._neighbours(recent), iterations=4, max_points=_LOCAL_POINTS)
         self._extend([keyframe])
         self._forget()
@@ -381,6 +398,10 @@ class Refiner:
         values = np.full(len(uv), np.nan)
         values[inside] = prior.depth[row[inside], column[inside]]
         return np.where(values > 0, values, np.nan)
+
+    def depth_ratio(self, keyframe_id: int, prior: DepthPrior) -> float | None:
+        """Map depth over a network's depth of a keyframe; None when the map does not have it, or has too few points."""
+        return self._depth_ratio(self._keyframes[keyframe_id], prior) if keyframe_id in self else None
 
     def _depth_ratio(self, keyframe: Keyframe, prior: DepthPrior) -> float | None:
         """Map depth over the network's depth: median over well-known points; None with fewer than ten."""

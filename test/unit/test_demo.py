@@ -129,7 +129,5 @@ def test_latency_is_from_publish_to_arrival():
     got = demo.Received(sent=[0.0, 0.1, 0.2, 0.3, 0.9, 1.0])
     got.odometry = [(stamp, np.eye(4)) for stamp in (10, 20, 40, 50, 60)]  # the third image brought no pose
     got.arrived = [0.02, 0.85, 0.85, 0.91, 1.01]
-    assert demo.latency_line(stamps, got) == (
-        "20 ms median, 710 ms p95; 10 ms p95 without the 3 that waited for the first window"
-    )
+    assert demo.latency_line(stamps, got) == "20 ms median, 710 ms p95, 750 ms at most"
     assert demo.latency_line(stamps, demo.Received()) == "no pose"

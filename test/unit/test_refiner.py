@@ -427,6 +427,22 @@ def test_errors_name_what_is_wrong():
         stream.refiner.solve([8, 99])
 
 
+def test_any_frame_can_be_located_and_the_next_one_does_not_notice():
+    world, truth = ahead(500, nearest=2.5), sideways(16, step=0.05, turn_deg=0.4)
+    with pytest.raises(RuntimeError, match="call solve first"):
+        Refiner(RefineConfig(), WIDTH, HEIGHT, CAMERA).locate(world.tracks(truth[3], 3), np.eye(4))
+    plain, other = (run(world, truth[:14]) for _ in range(2))
+    assert plain.refiner.pose(2) is not None
+    found = other.refiner.locate(world.tracks(truth[3], 3), other.refiner.pose(2))
+    assert found.is_reliable
+    assert np.allclose(found.T_world_camera[:3, :3], (inverse(truth[0]) @ truth[3])[:3, :3], atol=0.005)
+    seen = world.tracks(truth[14], 14)
+    guess = plain.poses[13].T_world_camera
+    assert np.array_equal(
+        plain.refiner.track(seen, guess).T_world_camera, other.refiner.track(seen, guess).T_world_camera
+    )
+
+
 def test_too_few_tracks_make_no_map():
     stream = run(ahead(6), sideways(14, step=0.05))
     assert stream.windows == []

@@ -188,7 +188,7 @@ class Slow:
 def test_how_fast_the_network_is_changes_nothing(images, backbone):
     """Windows are solved beside the stream; when they join the map is decided by stamps, not by the clock."""
     config = with_values(Config(), {"window.keyframe_flow": 0.02, "refine.mode": "on"})
-    frames = as_frames(images)
+    frames = as_frames([*images, *images[-2:20:-1]])
     results = []
     for network in (backbone, Slow(backbone, 0.3)):
         reconstructor = Reconstructor(config, network)
@@ -223,9 +223,9 @@ def test_between_hasty_keyframes_the_sparse_map_has_its_own(fast_images, backbon
     reconstructor, gaps = keyframe_gaps(fast_images, backbone)
     assert len(gaps) >= 4
     assert (gaps > 0.15).all()
-    supports = [view for view in reconstructor._sparse.values() if isinstance(view, Support)]
-    assert len(supports) >= 4
-    assert all(view.frame_index in reconstructor._refiner for view in supports)
+    known = [view for number, view in reconstructor._sparse.items() if number in reconstructor._refiner]
+    supports = [view for view in known if isinstance(view, Support)]
+    assert len(supports) >= 3
     poses = reconstructor.trajectory()
     for view in supports:  # its frame is where the sparse map has it, whatever was adjusted since
         assert np.allclose(poses[view.frame_index][1], reconstructor._refiner.pose(view.frame_index), atol=1e-9)
@@ -256,6 +256,36 @@ def test_a_window_waits_until_the_one_before_has_joined(fast_images, backbone):
     assert max(reconstructor.sizes[1:-1]) > 4
     assert max(reconstructor.sizes) <= MAX_GROWTH * 4
     assert not reconstructor._jobs
+
+
+def test_a_camera_that_begins_to_move_is_soon_placed(images, backbone):
+    """By the points of its first frames, until the first window joins; what both say is one path in one scale."""
+    reconstructor = Reconstructor(with_values(Config(), {"refine.mode": "on"}), Slow(backbone, 0.2))
+    updates, scouted = [], []
+    for frame in as_frames(images):
+        updates.append(reconstructor.push(frame))
+        scouted.append(reconstructor._scout is not None)
+    first = scouted.index(True)
+    assert first <= 5
+    assert len(updates[first].poses) == first
+    assert all(len(u.poses) == 1 for u in updates[first + 1 :])
+    joined = scouted.index(False, first)
+    assert joined > first + 8
+    reconstructor.finish()
+    given = np.stack([p.T_odom_camera for u in updates for p in u.poses])[: joined + 5, :3, 3]
+    mapped = np.stack([T for _, T in reconstructor.trajectory()])[: joined + 5, :3, 3]
+    path = np.linalg.norm(np.diff(mapped, axis=0), axis=1)
+    assert np.linalg.norm(given - mapped, axis=1).max() < 0.1 * path.sum()
+    steps = np.linalg.norm(np.diff(given, axis=0), axis=1)
+    assert steps[joined - 2 : joined + 3].max() < 2 * np.median(path)  # nor does it jump when the map takes over
+
+
+def test_slow_cameras_wait_for_the_first_window(images, backbone):
+    reconstructor = Reconstructor(with_values(Config(), {"refine.mode": "on"}), backbone)
+    for frame in as_frames(images[::2], stamps=range(0, 25 * 5 * 10**8, 5 * 10**8)):
+        reconstructor.push(frame)
+        assert reconstructor._scout is None
+    assert reconstructor.status()["frames_waiting"] == 0
 
 
 def test_no_frame_aligns_and_joins_a_window(images, backbone):
@@ -290,7 +320,7 @@ def test_the_first_poses_do_not_wait_for_the_first_points(images, backbone):
     assert updates[posed].state is TrackingState.TRACKING
     assert updates[posed].points is None
     shown = next(i for i, u in enumerate(updates) if u.points is not None)
-    assert posed < shown <= posed + 20
+    assert posed < shown <= posed + 30
     short = Reconstructor(Config(), backbone)
     for frame in as_frames(images[: posed + 1]):
         assert short.push(frame).points is None
