@@ -85,7 +85,7 @@ class WindowConfig(_Group):
         ge=0.0, le=3600.0, dynamic=True,
     )  # fmt: skip
     min_keyframe_interval: float = param(
-        0.15, "seconds before which what would be a keyframe only brings points to follow, where the sparse map tracks",
+        0.25, "seconds before which what would be a keyframe only brings points to follow, where the sparse map tracks",
         ge=0.0, le=3600.0, dynamic=True,
     )  # fmt: skip
     min_survival: float = param(
