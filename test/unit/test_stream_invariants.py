@@ -146,6 +146,7 @@ def there_and_back(refine: str) -> str:
     """A path that sees its places twice, so that loops are closed too, as one number."""
     images = rendered("orbit", 24, 3)
     options = {"refine.mode": refine, "loops.min_gap": 4, "window.keyframe_flow": 0.03}
+    options["window.min_keyframe_interval"] = 0.0  # so short a path needs all keyframes that it can have
     reconstructor = Reconstructor(with_values(Config(), options), load_backbone("nano"))
     poses = push_all(reconstructor, as_frames([*images, *images[::-1]]))
     status = reconstructor.status()
@@ -220,7 +221,7 @@ def keyframe_gaps(images, backbone, **values) -> tuple[Reconstructor, np.ndarray
 
 
 def test_between_hasty_keyframes_the_sparse_map_has_its_own(fast_images, backbone):
-    reconstructor, gaps = keyframe_gaps(fast_images, backbone)
+    reconstructor, gaps = keyframe_gaps(fast_images, backbone, min_keyframe_interval=0.15)
     assert len(gaps) >= 4
     assert (gaps > 0.15).all()
     known = [view for number, view in reconstructor._sparse.items() if number in reconstructor._refiner]
