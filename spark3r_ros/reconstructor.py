@@ -517,18 +517,19 @@ class Reconstructor:
             keyframe.covariance = np.zeros((6, 6))
         before = self._start_views[0][0]
         for (keyframe, tracks), rate in zip(self._start_views, rates.tolist(), strict=True):
+            doubt = 1.0
             if keyframe.frame_index in refiner:
-                tracked = refiner.locate(tracks, keyframe.T_world_camera)
+                tracked, doubt = refiner.locate(tracks, keyframe.T_world_camera), FIRST_WINDOW_DOUBT
             else:
                 T_scout = [scout.pose(k.frame_index) for k in (before, keyframe)]
                 assert T_scout[0] is not None
                 assert T_scout[1] is not None
                 tracked = refiner.locate(tracks, before.T_world_camera @ geometry.inverse(T_scout[0]) @ T_scout[1])
-                refiner.add_keyframe(keyframe.frame_index, tracks, tracked, adjust=False)  # the next one adjusts it
+                refiner.add_keyframe(keyframe.frame_index, tracks, tracked)
                 keyframe.num_inliers = tracked.num_inliers
-                self._move(keyframe, tracked.T_world_camera)
+                self._follow_sparse_map(self._start_views[0][0])
             estimate = Estimate(keyframe.T_world_camera, tracked.covariance, 1.0, tracked)
-            estimate = with_drift(estimate, tracked.anchors, self._sparse, rate, FIRST_WINDOW_DOUBT)
+            estimate = with_drift(estimate, tracked.anchors, self._sparse, rate, doubt)
             keyframe.covariance, before = estimate.covariance, keyframe
 
     def _place_scouted(self) -> None:
