@@ -341,7 +341,8 @@ class Timed(Reconstructor):
         super()._advance(job, stamp_ns)
         self._spent += time.thread_time() - started
         if job not in self._jobs:
-            self.times["window"].append(self._spent + self.times["solve"][-1])
+            solve = self.times["solve"][len(self.times["window"])]  # the next one may have been solved already
+            self.times["window"].append(self._spent + solve)
             self._spent = 0.0
 
     def _timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:

@@ -70,12 +70,12 @@ __all__ = ["FrameError", "MapFileError", "Reconstructor"]
 
 NETWORK_NS = 50_000_000  # per keyframe that the network may work beside the stream before the stream waits for it
 START_NS = 75_000_000  # and the sparse map's start, per keyframe of the first window
-DENSE_NS = 125_000_000  # and dense depth after it; the frames behind the join catch up meanwhile
+DENSE_NS = 125_000_000  # and dense depth after it, per new keyframe; the frames behind the join catch up meanwhile
 SLOW_NS = 400_000_000  # between frames that leave time for a window
 MAX_GROWTH = 2  # times window.size that a window may grow to while the one before it is on its way
 SCOUT_FRAMES = 4  # that the scout's first look takes at least
-RETRACKED = 2  # frames of the scout that are placed again with each that follows the first window
 SCOUT_VIEWS = 6  # and how many of them it keeps, keyframes aside
+RETRACKED = 2  # frames of the scout that are placed again with each that follows the first window
 PIECE_NS = 100_000_000  # of a window's further way into the map, one piece is done per so much time between frames
 STILL_FLOW = 0.001  # share of the image's width that noise moves the points of a camera at rest by
 SIGHTED_SIGMA = 0.01  # rad and share of the scene's distance, of a pose from recognised corners
@@ -252,6 +252,8 @@ class Reconstructor:
         self._complete()
         if self._window.new:
             self._solve_window()
+        while self._scouted:
+            self._place_scouted()
         self._apply_loops()
         self._refresh_odom()
         return replace(self._update(), poses=tuple(poses))
@@ -382,13 +384,19 @@ class Reconstructor:
         if self._is_starting and isinstance(view, Keyframe):
             self._start_views.append((view, tracks))
             if not self._jobs:
-                self._refiner.add_keyframe(view.frame_index, tracks)  # for the first window
+                self._gather(self._refiner)
         fit = None
         if self._scout is not None or not self._is_starting:
             tracked = estimate.tracked if estimate is not None else None
             fit = self._sparse_map.add_keyframe(view.frame_index, tracks, tracked)
             self._follow_sparse_map(self._window.keyframes[0] if self._window.keyframes else view)
         return fit.num_inliers if fit is not None and not self._is_starting else None
+
+    def _gather(self, refiner: Refiner) -> None:
+        """Tell the map of the first window its keyframes, those too that came while one failed."""
+        for keyframe, tracks in self._start_views:
+            if keyframe.frame_index not in refiner:
+                refiner.add_keyframe(keyframe.frame_index, tracks)
 
     @property
     def _sparse_map(self) -> Refiner:
@@ -812,21 +820,16 @@ class Reconstructor:
         """
         assert self._preprocess is not None
         views = [view for view in self._sparse_since(first) if view.frame_index in refiner]
-        T_network = np.stack([view.T_world_camera for view in views])
-        keyframes = [view for view in views if isinstance(view, Keyframe)]
-        priors = {k.frame_index: _prior(k.dense) for k in keyframes if k.dense is not None}
-        ids = [view.frame_index for view in views]
-        refined = start.result() if start is not None else refiner.solve(ids, T_network, priors)
+        refined = start.result() if start is not None else refiner.solve(*_guess(views))
         if refined is None:
             return
         if self._preprocess.camera is None:  # the sparse map estimates the focal length too, and locks it
             self._solver.K = self._preprocess.resize.intrinsics_to_network(refined.K)
         for view, T_world_camera, factor in zip(views, refined.T_world_camera, refined.depth_scale, strict=True):
             self._place(view, T_world_camera)
-            dense = view.dense if isinstance(view, Keyframe) else None
-            if isinstance(view, Keyframe) and dense is not None:
-                K = dense.K if self._solver.K is None else self._solver.K
-                view.dense = replace(dense, depth=(factor * dense.depth).astype(np.float32), K=K)
+            if isinstance(view, Keyframe) and view.dense is not None:
+                K = view.dense.K if self._solver.K is None else self._solver.K
+                view.dense = replace(view.dense, depth=(factor * view.dense.depth).astype(np.float32), K=K)
 
     def _deepen(self, keyframes: Sequence[Keyframe], window: Sequence[Keyframe]) -> dict[int, Future[DepthMap]]:
         """Dense depth of keyframes from the flow to the others of their window, beside the stream; by id."""
@@ -1133,8 +1136,15 @@ def _deepened(dense: DepthMap, view: DenseView, others: Sequence[DenseView]) -> 
     return replace(dense, depth=depth, confidence=confidence)
 
 
+def _guess(views: Sequence[Keyframe | Support]) -> tuple[list[int], np.ndarray, dict[int, DepthPrior]]:
+    """What the sparse map is told about a window: frames, where they are thought to be, depths."""
+    keyframes = [view for view in views if isinstance(view, Keyframe)]
+    priors = {k.frame_index: _prior(k.dense) for k in keyframes if k.dense is not None}
+    return [view.frame_index for view in views], np.stack([view.T_world_camera for view in views]), priors
+
+
 def _start_guess(job: Job, solution: Solution) -> tuple[list[int], np.ndarray, dict[int, DepthPrior]]:
-    """What the sparse map of the first window is told: frames, the network's poses and depths."""
+    """The same of the first window, which is not in the world yet: the network's poses and depths."""
     assert job.T_world_camera is not None
     ids = [keyframe.frame_index for keyframe in job.keyframes]
     depths = [DepthMap(job.scale * d, c, solution.K) for d, c in zip(solution.depth, solution.confidence, strict=True)]

@@ -16,9 +16,9 @@ How the corridor uses it (``tracks.py`` makes the tracks; one Refiner per map, d
         # depths {keyframe_id: DepthPrior}: the network's depth in world scale, or None
         # -> RefinedWindow: poses, K, depth_scale per keyframe (multiply the network's depth by it), confidence, start
 
-* Before the first ``solve`` nothing has a pose: ``track`` gives None. Frames from before it are posed afterwards by
-  ``refiner.track(tracks_of_that_frame)``: tracking does not move the map, so it may be called again for any
-  frame whose Tracks were kept, also to improve poses after a window was solved.
+* Before the first ``solve`` nothing has a pose: ``track`` gives None. ``refiner.locate(tracks_of_a_frame, T_guess)``
+  poses any frame whose Tracks were kept, also to improve poses after a window was solved: neither moves the map, and
+  ``locate`` does not count as the frame before the next ``track``.
 * World and scale are those of the first window's T_world_camera and depths (first keyframe exactly at its given pose);
   without them the first keyframe is the origin and the median depth is 1. Later windows keep them: poses that older
   landmarks hold do not move freely, and the network's own poses are only another start.

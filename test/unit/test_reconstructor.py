@@ -242,10 +242,15 @@ def test_robot_odometry_makes_it_metric(stream):
     assert updates[-1].scale.metres_per_unit == pytest.approx(2.0, rel=0.01)
 
 
-def test_a_metric_backbone_is_metric_from_the_first_window(stream):
-    _, updates = run(stream, Oracle(stream, gauge=Gauge.METRIC))
+@pytest.mark.parametrize("refine", ["on", "off"])
+def test_a_metric_backbone_is_metric_from_the_first_window(stream, refine):
+    """Also where a scout has set the units before there was one."""
+    reconstructor, updates = run(stream, Oracle(stream, gauge=Gauge.METRIC), refine__mode=refine)
     assert updates[-1].scale.source == "model"
-    assert updates[-1].scale.metres_per_unit == pytest.approx(1.0, rel=0.01)
+    path = np.stack([T[:3, 3] for _, T in reconstructor.trajectory()])
+    assert ate(path, stream.T_world_camera[:, :3, 3])[1] == pytest.approx(1.0, rel=0.01 if refine == "off" else 0.05)
+    if refine == "off":
+        assert updates[-1].scale.metres_per_unit == pytest.approx(1.0, rel=0.01)
 
 
 def test_state_is_initialising_until_the_first_window(stream):

@@ -281,6 +281,35 @@ def test_a_camera_that_begins_to_move_is_soon_placed(images, backbone):
     assert steps[joined - 2 : joined + 3].max() < 2 * np.median(path)  # nor does it jump when the map takes over
 
 
+def test_a_first_window_that_fails_is_followed_by_another(images, backbone):
+    """The node goes on after an error; keyframes that came meanwhile are not left behind."""
+
+    class Failing(Slow):
+        calls = 0
+
+        def __call__(self, *args, **kwargs):
+            self.calls += 1
+            if self.calls == 1:
+                raise RuntimeError("out of memory")
+            return super().__call__(*args, **kwargs)
+
+    options = {"refine.mode": "on", "window.keyframe_flow": 0.02, "window.min_keyframe_interval": 0.0}
+    reconstructor = Reconstructor(with_values(Config(), options), Failing(backbone, 0.0))
+    errors, poses = [], []
+    for frame in as_frames([*images, *images[-2::-1]]):
+        poses += reconstructor.track(frame).poses
+        try:
+            reconstructor.update_map()
+        except RuntimeError as error:
+            errors.append(str(error))
+            late = [k for k, _ in reconstructor._start_views if k.frame_index not in reconstructor._refiner]
+            assert late
+    assert errors == ["out of memory"]
+    assert len(poses) == 2 * len(images) - 1
+    assert reconstructor.status()["windows"] >= 1
+    assert reconstructor._scout is None
+
+
 def test_slow_cameras_wait_for_the_first_window(images, backbone):
     reconstructor = Reconstructor(with_values(Config(), {"refine.mode": "on"}), backbone)
     for frame in as_frames(images[::2], stamps=range(0, 25 * 5 * 10**8, 5 * 10**8)):
