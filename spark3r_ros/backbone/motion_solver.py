@@ -65,7 +65,9 @@ def solve_motion(
         start: R [B, P, 3, 3] and t [B, P, 3].
     """
     rays = F.pad(points, (0, 1), value=1.0).mT
-    problem = _Problem(rays, targets.mT[:, :, None], weights.reciprocal(), prior_mean, prior_sigma**-2)
+    known = weights > 0  # the reciprocal of zero would have no gradient, not even one that is masked
+    variance = torch.where(known, torch.where(known, weights, 1.0).reciprocal(), torch.inf)
+    problem = _Problem(rays, targets.mT[:, :, None], variance, prior_mean, prior_sigma**-2)
     (R, t), s = start, prior_mean
     for _ in range(iterations):
         step, depth_step = problem.step(t, s, *problem.linearise(R, t, s))

@@ -54,6 +54,17 @@ def test_steps_resume_bit_by_bit(shards, tmp_path):
         assert torch.equal(whole.mean[name], resumed.mean[name]), name
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_every_step_has_a_gradient(shards, known):
+    batch = batch_of(shards, frames=4)  # some partners are missing, and augmentation takes flow away
+    batch = augment(batch, torch.Generator().manual_seed(0))
+    trainer = Trainer(TrainConfig(), list_shards(shards, "train"))
+    total(trainer.loss_terms(batch, PassOptions(), known, solve=True)).backward()
+    gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+    assert gradients
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
 def test_a_run_saves_logs_and_plots(shards, tmp_path):
     from argparse import Namespace
 
