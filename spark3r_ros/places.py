@@ -13,12 +13,15 @@ from spark3r_ros.alignment import weighted_median
 from spark3r_ros.camera import undistort_points
 from spark3r_ros.config import LoopConfig
 from spark3r_ros.frame import CameraModel
+from spark3r_ros.matching import hamming, mutual_best
 from spark3r_ros.preprocess import Resize
 from spark3r_ros.windows import DepthMap
 
 REPROJECTION = 0.006  # of rays with z = 1: three pixels at a focal length of 500
 RANSAC_ROUNDS = 300
 DEPTH_SIGMA = 0.1  # of the log of one corner's depth, as a network sees it
+DISTINCT = 0.85  # of the second best match's distance that the best one stays below
+MAX_BITS = 64  # of 256 in which two corners that match may differ
 SURE_CORNERS = 100  # errors of sightings grow as corners get fewer, in proportion (measured on rendered circuits)
 
 
@@ -236,19 +239,11 @@ def _match(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     none = np.zeros(0, int)
     if len(a) < 2 or len(b) < 2:
         return none, none
-    pairs = cv2.BFMatcher(cv2.NORM_HAMMING).knnMatch(a, b, k=2)
-    back = cv2.BFMatcher(cv2.NORM_HAMMING).match(b, a)
-    best_of_b = np.full(len(b), -1)
-    best_of_b[[m.queryIdx for m in back]] = [m.trainIdx for m in back]
-    good = [
-        (m.queryIdx, m.trainIdx)
-        for m, second in pairs
-        if m.distance < 0.85 * second.distance and m.distance <= 64 and best_of_b[m.trainIdx] == m.queryIdx
-    ]
-    if not good:
-        return none, none
-    rows = np.array(good)
-    return rows[:, 0], rows[:, 1]
+    distance = hamming(a, b)
+    rows, columns = mutual_best(distance)
+    first, second = distance[rows, columns], np.partition(distance[rows], 1, axis=1)[:, 1]
+    good = (first < DISTINCT * second) & (first <= MAX_BITS)
+    return rows[good], columns[good]
 
 
 def _pose(xyz: np.ndarray, xy: np.ndarray, min_inliers: int) -> tuple[np.ndarray, np.ndarray] | None:

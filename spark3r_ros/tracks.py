@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
+from scipy.spatial import cKDTree
 
 from spark3r_ros.camera import undistort_points
 from spark3r_ros.config import RefineConfig
 from spark3r_ros.frame import CameraModel
+from spark3r_ros.matching import hamming, mutual_best
 
 _WINDOW = (17, 17)
 _LEVELS = 4  # of the pyramid above the image itself, where nothing says where to look
@@ -233,8 +235,8 @@ class FeatureTracker:
         """How the points ``uv`` [N, 2] have moved [N, 2]: as the matched corners nearest to them. None: none match."""
         if min(len(there[0]), len(here[0])) < _MIN_MATCHES:
             return None
-        matches = cv2.BFMatcher(cv2.NORM_HAMMING, crossCheck=True).match(there[1], here[1])
-        uv0, uv1 = there[0][[m.queryIdx for m in matches]], here[0][[m.trainIdx for m in matches]]
+        rows, columns = mutual_best(hamming(there[1], here[1]))
+        uv0, uv1 = there[0][rows], here[0][columns]
         if len(uv0) < _MIN_MATCHES:
             return None
         inlier = self._epipolar_inliers(uv0, uv1)
@@ -433,9 +435,8 @@ def _claim(here: _Features, keyframe: _Keyframe, matches: np.ndarray) -> LateMat
 
 
 def _nearest(uv: np.ndarray, others: np.ndarray, count: int) -> np.ndarray:
-    """Rows [N, count] of the others [M, 2] nearest to each of ``uv`` [N, 2]; M is larger than ``count``."""
-    distance = np.linalg.norm(uv[:, None] - others[None], axis=2)
-    return np.argpartition(distance, count, axis=1)[:, :count]
+    """Rows [N, count] of the others [M, 2] nearest to each of ``uv`` [N, 2]; M >= ``count`` >= 2."""
+    return np.asarray(cKDTree(others).query(uv, count)[1])
 
 
 def _flow(
@@ -450,10 +451,10 @@ def _flow(
 
     The way back starts as the field ``back`` says, or with the step that ``guess`` was, undone.
     """
-    if len(uv0) == 0:
-        return np.zeros((0, 2)), np.zeros(0, bool)
 
     def follow(a: np.ndarray, b: np.ndarray, uv: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if len(uv) == 0:
+            return np.zeros((0, 2)), np.zeros(0, bool)
         uv, start = (np.ascontiguousarray(x, dtype=np.float32).reshape(-1, 1, 2) for x in (uv, start))
         moved, found, _ = cv2.calcOpticalFlowPyrLK(
             a, b, uv, start,
@@ -461,9 +462,10 @@ def _flow(
         )  # fmt: skip
         return moved.reshape(-1, 2).astype(float), found.ravel() > 0
 
-    uv1, found = follow(image0, image1, uv0, guess)
-    again, found_back = follow(image1, image0, uv1, uv1 + (uv0 - guess if back is None else back(uv1)))
-    error = np.linalg.norm(again - uv0, axis=1)
+    uv1, good = follow(image0, image1, uv0, guess)
     height, width = image1.shape
-    inside = (uv1 > 1).all(axis=1) & (uv1[:, 0] < width - 2) & (uv1[:, 1] < height - 2)
-    return uv1, found & found_back & (error < _FORWARD_BACKWARD_PX) & inside
+    good &= (uv1 > 1).all(axis=1) & (uv1[:, 0] < width - 2) & (uv1[:, 1] < height - 2)
+    start = uv1[good] + (uv0[good] - guess[good] if back is None else back(uv1[good]))
+    again, found = follow(image1, image0, uv1[good], start)
+    good[good] = found & (np.linalg.norm(again - uv0[good], axis=1) < _FORWARD_BACKWARD_PX)
+    return uv1, good
