@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import takewhile
 from pathlib import Path
 
@@ -68,9 +68,10 @@ from spark3r_ros.windows import DepthMap, Gate, Keyframe, Support, Window, gate
 
 __all__ = ["FrameError", "MapFileError", "Reconstructor"]
 
-NETWORK_NS = 50_000_000  # per keyframe that the network may work beside the stream before the stream waits for it
+NETWORK_NS = 40_000_000  # per keyframe that the network may work beside the stream before the stream waits for it
 START_NS = 75_000_000  # and the sparse map's start, per keyframe of the first window
-DENSE_NS = 125_000_000  # and dense depth after it, per new keyframe; the frames behind the join catch up meanwhile
+ADJUST_NS = 20_000_000  # and its adjustment with a later one, per view
+DENSE_NS = 90_000_000  # and dense depth after it, per new keyframe; the frames behind the join catch up meanwhile
 SLOW_NS = 400_000_000  # between frames that leave time for a window
 MAX_GROWTH = 2  # times window.size that a window may grow to while the one before it is on its way
 SCOUT_FRAMES = 4  # that the scout's first look takes at least
@@ -120,14 +121,11 @@ class Job:
     new: list[Keyframe]  # those of them that were in no window before
     before_last: list[Keyframe]  # for motion tokens of the newest
     leaving: list[Keyframe]  # that no later window needs
-    due_ns: int  # stamp from which on its next piece is done
-    solution: Future[Solution]
+    pieces: Iterator[int]  # the work, piece by piece; each says for how many ns the next goes on beside the stream
+    due_ns: int = 0  # stamp from which on the next piece is done
     link: Link | None = None
-    T_world_camera: np.ndarray | None = None  # [S, 4, 4] the network's poses, once they are aligned
-    scale: float = 1.0  # of the network's depths, likewise
-    start: Future[RefinedWindow | None] | None = None  # of the sparse map, where a scout leaves time for it
-    deeper: dict[int, Future[DepthMap]] = field(default_factory=dict)  # dense depth of the new keyframes, by id
-    unfinished: list[Keyframe] = field(default_factory=list)
+    scale: float = 1.0  # world units per unit of the network
+    solution: Solution | None = None
     is_joined: bool = False
     seconds: float = 0.0
 
@@ -389,7 +387,7 @@ class Reconstructor:
         if self._scout is not None or not self._is_starting:
             tracked = estimate.tracked if estimate is not None else None
             fit = self._sparse_map.add_keyframe(view.frame_index, tracks, tracked)
-            self._follow_sparse_map(self._window.keyframes[0] if self._window.keyframes else view)
+            self._follow(self._sparse_map, self._window.keyframes[0] if self._window.keyframes else view)
         return fit.num_inliers if fit is not None and not self._is_starting else None
 
     def _gather(self, refiner: Refiner) -> None:
@@ -405,10 +403,10 @@ class Reconstructor:
         assert sparse_map is not None
         return sparse_map
 
-    def _follow_sparse_map(self, first: Keyframe | Support) -> None:
+    def _follow(self, sparse_map: Refiner, first: Keyframe | Support) -> None:
         """Take over the poses that it has from this frame on."""
         for view in self._sparse_since(first):
-            T = self._sparse_map.pose(view.frame_index)
+            T = sparse_map.pose(view.frame_index)
             if T is not None:
                 self._place(view, T)
 
@@ -477,7 +475,7 @@ class Reconstructor:
         if scout.solve(sorted(views)) is None:
             return False
         self._scout, self._state = scout, TrackingState.TRACKING
-        self._follow_sparse_map(self._start_views[0][0])
+        self._follow(scout, self._start_views[0][0])
         return True
 
     def _start(self, stamp_ns: int) -> list[FramePose]:
@@ -535,7 +533,7 @@ class Reconstructor:
                 tracked = refiner.locate(tracks, before.T_world_camera @ geometry.inverse(T_scout[0]) @ T_scout[1])
                 refiner.add_keyframe(keyframe.frame_index, tracks, tracked)
                 keyframe.num_inliers = tracked.num_inliers
-                self._follow_sparse_map(self._start_views[0][0])
+                self._follow(refiner, self._start_views[0][0])
             estimate = Estimate(keyframe.T_world_camera, tracked.covariance, 1.0, tracked)
             estimate = with_drift(estimate, tracked.anchors, self._sparse, rate, doubt)
             keyframe.covariance, before = estimate.covariance, keyframe
@@ -705,61 +703,78 @@ class Reconstructor:
         self._apply_loops()
         keyframes, new = self._window.keyframes, list(self._window.new)
         previous, before_last = self._window.previous_of(keyframes), self._window.previous_of(keyframes[-1:])
-        solution = self._beside.submit(self._solver.solve, keyframes, previous)
+        leaving = self._window.slide()
+        job = Job(keyframes, new, before_last, leaving, pieces=iter(()))
+        job.pieces = self._solve(job, previous)
         start_ns = max([stamp_ns] + [job.due_ns for job in self._jobs])  # dense depth of the window before comes first
-        due_ns = start_ns + NETWORK_NS * len(keyframes)
-        self._jobs.append(Job(keyframes, new, before_last, self._window.slide(), due_ns, solution))
+        job.due_ns = start_ns + next(job.pieces)
+        self._jobs.append(job)
 
     def _advance(self, job: Job, stamp_ns: int) -> None:
         """One piece of a window's way into the map; ``stamp_ns``: now."""
-        started = time.perf_counter()
+        started, wait_ns = time.perf_counter(), None
         try:
-            solution = job.solution.result()
-        except BaseException:
-            self._jobs.remove(job)  # it will not get better
-            raise
-        if job.T_world_camera is None:
-            self._solver.learn_intrinsics(solution.K)
-            self._align(job, solution)
-            if self._scout is not None and self._refiner is not None and len(job.keyframes) > 1:
-                job.start = self._beside.submit(self._refiner.solve, *_start_guess(job, solution))
-                job.due_ns = stamp_ns + START_NS * len(job.keyframes)
-        elif not job.is_joined:
-            self._join_window(job, solution)
-            job.due_ns = stamp_ns + DENSE_NS * len(job.new)
-        elif job.unfinished:
-            self._finish_keyframe(job, job.unfinished.pop(0), solution)
-        job.seconds += time.perf_counter() - started
-        if job.is_joined and not job.unfinished:
-            self._jobs.remove(job)
-            self._finish_window(job, solution)
+            wait_ns = next(job.pieces, None)
+        finally:
+            job.seconds += time.perf_counter() - started
+            if wait_ns is None:  # done, or failed: it will not get better
+                self._jobs.remove(job)
+        if wait_ns is None:
+            self._finish_window(job)
+        else:
+            job.due_ns = stamp_ns + wait_ns
 
-    def _join_window(self, job: Job, solution: Solution) -> None:
-        """Poses and depths of the window, in the world; its keys into the context."""
-        self._join(job, solution)
-        if self._refiner is not None and len(job.keyframes) > 1:
-            self._refine(self._refiner, job.keyframes[0], job.start)
+    def _solve(self, job: Job, previous: Sequence[Keyframe]) -> Iterator[int]:
+        """A window's way into the map; yields for how many nanoseconds the stream may go on before the next piece."""
+        solved = self._beside.submit(self._solver.solve, job.keyframes, previous)
+        yield NETWORK_NS * len(job.keyframes)
+        job.solution = solution = solved.result()
+        self._solver.learn_intrinsics(solution.K)
+        aligned = self._align(job, solution)
+        yield 0
+        T_world_camera = self._place_window(job, solution, aligned.result() if aligned is not None else None)
+        views = self._sparse_since(job.keyframes[0]) if self._refiner is not None else []
+        views = [view for view in views if self._refiner is not None and view.frame_index in self._refiner]
+        refined = self._refine(job, views, T_world_camera)
+        yield (START_NS if self._scout is not None else ADJUST_NS) * len(views)
+        self._join_window(job, T_world_camera, views, refined() if refined is not None else None)
+        deeper = self._deepen(job.new, job.keyframes)
+        yield DENSE_NS * len(job.new)
+        for keyframe in job.new:
+            if keyframe is not job.new[0]:
+                yield 0
+            if keyframe.id in deeper:
+                keyframe.dense = deeper[keyframe.id].result()
+            self._finish_keyframe(job, keyframe, solution)
+
+    def _join_window(
+        self, job: Job, T_world_camera: np.ndarray, views: Sequence[Keyframe | Support], refined: RefinedWindow | None
+    ) -> None:
+        """Poses of the window in the world, of the network [S, 4, 4] or better of the sparse map; its keys into the
+        context.
+        """
+        self._join(job, T_world_camera)
+        if self._refiner is not None and refined is not None:
+            self._take_refined(self._refiner, job.keyframes[0], views, refined)
         self._is_starting = False
         if self._scout is not None and self._refiner is not None:
             self._dismiss_scout(self._scout, self._refiner)
         self._start_views.clear()
         self._solver.commit(job.keyframes)
-        if self._refiner is not None and self.config.refine.dense:
-            job.deeper = self._deepen(job.new, job.keyframes)
-        job.unfinished, job.is_joined = list(job.new), True
+        job.is_joined = True
 
     def _finish_keyframe(self, job: Job, keyframe: Keyframe, solution: Solution) -> None:
-        """Dense depth, points, scale, place and loops of one new keyframe."""
-        if keyframe.id in job.deeper:
-            keyframe.dense = job.deeper[keyframe.id].result()
+        """Points, scale, place and loops of one new keyframe."""
         self._points.set(keyframe.id, self._points_of(keyframe, job.keyframes))
         self._measure_scale(keyframe)
         is_first = keyframe is job.new[0]
         descriptor = solution.descriptors[job.keyframes.index(keyframe)]
         self._remember(keyframe, descriptor, job.link.sigma if job.link is not None and is_first else 0.0)
 
-    def _finish_window(self, job: Job, solution: Solution) -> None:
+    def _finish_window(self, job: Job) -> None:
         """All keyframes are in the map: what follows from the whole."""
+        solution = job.solution
+        assert solution is not None
         if solution.gauge is Gauge.METRIC:
             log_scale, sigma = (job.link.log_scale, job.link.sigma) if job.link else (float(np.log(job.scale)), 0.0)
             self._add_scale(from_model(job.new[-1], log_scale, sigma))
@@ -787,52 +802,76 @@ class Reconstructor:
         if self._watch.window(link is None or link.accepted or self._refiner is not None):
             self._lose()
 
-    def _align(self, job: Job, solution: Solution) -> None:
-        """Where the world has a solved window: its link to the map, and poses from it."""
+    def _align(self, job: Job, solution: Solution) -> Future[Link] | None:
+        """Link a solved window to what the map knows of its cameras; None where that is nothing."""
         known = self._known_views(job.keyframes, solution.K)
-        # without anything known: the first camera stays where it was last seen, at first the origin of the world
-        unit = geometry.similarity(self._unknown_scale(job.keyframes, solution), np.eye(4))
-        S = job.keyframes[0].T_world_camera @ unit @ geometry.inverse(solution.T_window_camera[0])
-        if known:
-            here = [View(solution.T_window_camera[i], solution.depth[i], solution.confidence[i]) for i in known]
-            there = list(known.values())
-            job.link = align(there, here, solution.K, self.config.alignment, solution.same_gauge)
-            S = job.link.S_map_window
-        job.scale = float(geometry.scale_of(S))
-        job.T_world_camera = geometry.apply_similarity_to_pose(S, solution.T_window_camera)
+        if not known:
+            return None
+        here = [View(solution.T_window_camera[i], solution.depth[i], solution.confidence[i]) for i in known]
+        there, options = list(known.values()), self.config.alignment
+        return self._beside.submit(align, there, here, solution.K, options, solution.same_gauge)
 
-    def _join(self, job: Job, solution: Solution) -> None:
-        """Bring an aligned window into the world: poses of its new keyframes, depth of all of them."""
-        assert job.T_world_camera is not None
-        num_overlap = sum(k.dense is not None for k in job.keyframes)
-        for i, keyframe in enumerate(job.keyframes):
-            T = job.T_world_camera[i]
-            if i < num_overlap:  # old pose and new one are blended, so that no step is left at the boundary
-                T = geometry.interpolate_pose(keyframe.T_world_camera, T, (i + 1) / (num_overlap + 1))
-            else:
-                keyframe.dense = DepthMap(job.scale * solution.depth[i], solution.confidence[i], solution.K)
+    def _place_window(self, job: Job, solution: Solution, link: Link | None) -> np.ndarray:
+        """Depth of the new keyframes, and poses [S, 4, 4] of the network, in the world."""
+        job.link = link
+        if link is not None:
+            S = link.S_map_window
+        else:  # the first camera stays where it was last seen, at first the origin of the world
+            unit = geometry.similarity(self._unknown_scale(job.keyframes, solution), np.eye(4))
+            S = job.keyframes[0].T_world_camera @ unit @ geometry.inverse(solution.T_window_camera[0])
+        job.scale = float(geometry.scale_of(S))
+        for keyframe, depth, confidence in zip(job.keyframes, solution.depth, solution.confidence, strict=True):
+            if keyframe.dense is None:
+                keyframe.dense = DepthMap(job.scale * depth, confidence, solution.K)
+        return geometry.apply_similarity_to_pose(S, solution.T_window_camera)
+
+    def _join(self, job: Job, T_world_camera: np.ndarray) -> None:
+        """Take over poses [S, 4, 4] of the network."""
+        overlap = len(job.keyframes) - len(job.new)
+        for i, (keyframe, T) in enumerate(zip(job.keyframes, T_world_camera, strict=True)):
+            if i < overlap:  # old pose and new one are blended, so that no step is left at the boundary
+                T = geometry.interpolate_pose(keyframe.T_world_camera, T, (i + 1) / (overlap + 1))
             self._move(keyframe, T)
 
-    def _refine(self, refiner: Refiner, first: Keyframe, start: Future[RefinedWindow | None] | None = None) -> None:
-        """Adjust poses to feature tracks and new depths to landmarks, of this keyframe and of all behind it.
-
-        ``start``: that is being done already.
+    def _refine(
+        self, job: Job, views: Sequence[Keyframe | Support], T_world_camera: np.ndarray
+    ) -> Callable[[], RefinedWindow | None] | None:
+        """Begin to adjust these views to feature tracks, new ones from where the network has them [S, 4, 4]; returns
+        what ends it.
         """
+        refiner = self._refiner
+        if refiner is None or len(job.keyframes) == 1:
+            return None
+        poses = {view.frame_index: view.T_world_camera for view in views}
+        poses |= {keyframe.frame_index: T for keyframe, T in zip(job.keyframes, T_world_camera, strict=True)}
+        priors = {k.frame_index: _prior(k.dense) for k in views if isinstance(k, Keyframe) and k.dense is not None}
+        guess = [view.frame_index for view in views], np.stack([poses[v.frame_index] for v in views]), priors
+        if self._scout is not None:  # which places frames meanwhile
+            return self._beside.submit(refiner.solve, *guess).result
+        if not refiner.is_calibrated:
+            return partial(refiner.solve, *guess)
+        pending = refiner.begin(*guess)
+        assert pending is not None
+        adjusted = self._beside.submit(pending.adjust)
+        return lambda: refiner.end(pending, adjusted.result())
+
+    def _take_refined(
+        self, refiner: Refiner, first: Keyframe, views: Sequence[Keyframe | Support], refined: RefinedWindow
+    ) -> None:
+        """Depths of the adjusted views, and poses of all from the ``first`` on: later ones have followed."""
         assert self._preprocess is not None
-        views = [view for view in self._sparse_since(first) if view.frame_index in refiner]
-        refined = start.result() if start is not None else refiner.solve(*_guess(views))
-        if refined is None:
-            return
         if self._preprocess.camera is None:  # the sparse map estimates the focal length too, and locks it
             self._solver.K = self._preprocess.resize.intrinsics_to_network(refined.K)
-        for view, T_world_camera, factor in zip(views, refined.T_world_camera, refined.depth_scale, strict=True):
-            self._place(view, T_world_camera)
+        for view, factor in zip(views, refined.depth_scale, strict=True):
             if isinstance(view, Keyframe) and view.dense is not None:
                 K = view.dense.K if self._solver.K is None else self._solver.K
                 view.dense = replace(view.dense, depth=(factor * view.dense.depth).astype(np.float32), K=K)
+        self._follow(refiner, first)
 
     def _deepen(self, keyframes: Sequence[Keyframe], window: Sequence[Keyframe]) -> dict[int, Future[DepthMap]]:
         """Dense depth of keyframes from the flow to the others of their window, beside the stream; by id."""
+        if self._refiner is None or not self.config.refine.dense:
+            return {}
         rates = turn_rates(np.stack([k.T_world_camera for k in window]), np.array([k.stamp_ns for k in window]))
         sigmas = 0.5 * TIMING_SIGMA * rates  # half of the doubt about the instant is common to all frames
         views = {k.id: _dense_view(k, sigma) for k, sigma in zip(window, sigmas, strict=True)}
@@ -1134,21 +1173,6 @@ def _dense_view(keyframe: Keyframe, rotation_sigma: float) -> DenseView:
 def _deepened(dense: DepthMap, view: DenseView, others: Sequence[DenseView]) -> DepthMap:
     depth, confidence = dense_depth(view, others, dense.depth, dense.confidence, dense.K)
     return replace(dense, depth=depth, confidence=confidence)
-
-
-def _guess(views: Sequence[Keyframe | Support]) -> tuple[list[int], np.ndarray, dict[int, DepthPrior]]:
-    """What the sparse map is told about a window: frames, where they are thought to be, depths."""
-    keyframes = [view for view in views if isinstance(view, Keyframe)]
-    priors = {k.frame_index: _prior(k.dense) for k in keyframes if k.dense is not None}
-    return [view.frame_index for view in views], np.stack([view.T_world_camera for view in views]), priors
-
-
-def _start_guess(job: Job, solution: Solution) -> tuple[list[int], np.ndarray, dict[int, DepthPrior]]:
-    """The same of the first window, which is not in the world yet: the network's poses and depths."""
-    assert job.T_world_camera is not None
-    ids = [keyframe.frame_index for keyframe in job.keyframes]
-    depths = [DepthMap(job.scale * d, c, solution.K) for d, c in zip(solution.depth, solution.confidence, strict=True)]
-    return ids, job.T_world_camera, {i: _prior(depth) for i, depth in zip(ids, depths, strict=True)}
 
 
 def _prior(dense: DepthMap) -> DepthPrior:

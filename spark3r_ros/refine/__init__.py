@@ -14,6 +14,7 @@ How the corridor uses it (``tracks.py`` makes the tracks; one Refiner per map, d
         refined = refiner.solve(keyframe_ids, T_world_camera, depths)
         # T_world_camera [S, 4, 4]: the network's poses, aligned to the world (first window: as they are), or None
         # depths {keyframe_id: DepthPrior}: the network's depth in world scale, or None
+        # the same beside the stream: begin(...), then the result's adjust() in any thread, then end(...) with both
         # -> RefinedWindow: poses, K, depth_scale per keyframe (multiply the network's depth by it), confidence, start
 
 * Before the first ``solve`` nothing has a pose: ``track`` gives None. ``refiner.locate(tracks_of_a_frame, T_guess)``
@@ -28,6 +29,6 @@ How the corridor uses it (``tracks.py`` makes the tracks; one Refiner per map, d
 """
 
 from spark3r_ros.refine.dense import DenseView, dense_depth
-from spark3r_ros.refine.refiner import DepthPrior, RefinedWindow, Refiner, TrackedPose
+from spark3r_ros.refine.refiner import DepthPrior, PendingWindow, RefinedWindow, Refiner, TrackedPose
 
-__all__ = ["DenseView", "DepthPrior", "RefinedWindow", "Refiner", "TrackedPose", "dense_depth"]
+__all__ = ["DenseView", "DepthPrior", "PendingWindow", "RefinedWindow", "Refiner", "TrackedPose", "dense_depth"]

@@ -60,7 +60,6 @@ class Assembled:
     problem: Problem
     ids: np.ndarray  # [P] track numbers of the points
     keyframes: tuple[Keyframe, ...]  # [K]
-    observation: np.ndarray  # [M] row in its keyframe
 
 
 def normalised(uv: np.ndarray, K: np.ndarray) -> np.ndarray:
@@ -133,7 +132,7 @@ def assemble(
         readout=readout,
         readout_sigma=readout_sigma,
     )
-    return Assembled(problem, unique, tuple(keyframes), observation)
+    return Assembled(problem, unique, tuple(keyframes))
 
 
 def inverse_depth_priors(
@@ -183,21 +182,31 @@ def _of_neighbours(uv: np.ndarray, known_uv: np.ndarray, inverse_depth: np.ndarr
     return np.median(inverse_depth[nearest], axis=1)
 
 
-def write_back(assembled: Assembled, solution: Solution, table: LandmarkTable, gate_px: float) -> np.ndarray:
+def write_back(
+    assembled: Assembled, solution: Solution, table: LandmarkTable, later: Sequence[Keyframe], gate_px: float
+) -> np.ndarray:
     """Store poses and points; flag outliers; drop points that lost their observations. Returns inliers [M] bool.
 
-    Points that were left out of the problem follow their anchors.
+    Points that were left out of the problem follow their anchors. Keyframes that are ``later`` than the problem, and
+    their points, follow its last camera.
     """
     problem = assembled.problem
     inlier = solution.residual_px < gate_px
     left_out = ~among(table.ids, assembled.ids)
+    step = np.eye(4)
     for k in np.flatnonzero(problem.is_free):
         keyframe, T_new = assembled.keyframes[k], solution.T_world_camera[k]
-        table.move(left_out & (table.anchor == keyframe.id), T_new @ inverse(problem.T_world_camera[k]))
+        assert keyframe.T_world_camera is not None
+        step = T_new @ inverse(keyframe.T_world_camera)
+        table.move(left_out & (table.anchor == keyframe.id), step)
         keyframe.T_world_camera = T_new
+    for keyframe in later:
+        if keyframe.T_world_camera is not None:
+            keyframe.T_world_camera = step @ keyframe.T_world_camera
+            table.move(left_out & (table.anchor == keyframe.id), step)
     for number, keyframe in enumerate(assembled.keyframes):
-        bad = assembled.observation[(problem.camera == number) & ~inlier]
-        keyframe.good[bad] = False
+        bad = assembled.ids[problem.point[(problem.camera == number) & ~inlier]]
+        keyframe.good[np.searchsorted(keyframe.ids, bad)] = False
     support = np.bincount(problem.point, inlier, len(assembled.ids))
     usable = (support >= 2) & np.isfinite(solution.xyz).all(axis=1)
     table.drop(assembled.ids[~usable])

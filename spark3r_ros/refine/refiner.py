@@ -81,6 +81,21 @@ class RefinedWindow:
     start: str  # which start won: "network", "essential 0-4", "rotation", ... or "map" after the first window
 
 
+@dataclass(frozen=True, eq=False)
+class PendingWindow:
+    """A window between ``Refiner.begin`` and ``Refiner.end``."""
+
+    window: list[Keyframe]
+    depths: Mapping[int, DepthPrior]
+    start: str
+    assembled: Assembled | None
+    iterations: int
+
+    def adjust(self) -> Solution | None:
+        """The work of it; touches nothing of the map and may run in any thread."""
+        return None if self.assembled is None else _adjusted(self.assembled.problem, self.iterations)
+
+
 class Refiner:
     """One map. ``camera`` None: the focal length is estimated, lens distortion taken for none."""
 
@@ -102,6 +117,11 @@ class Refiner:
     @property
     def is_initialised(self) -> bool:
         return self._windows > 0
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether there is a map whose focal length stays as it is."""
+        return self.is_initialised and self._focal_sigma == 0.0
 
     @property
     def num_landmarks(self) -> int:
@@ -236,21 +256,58 @@ class Refiner:
         ``T_world_camera`` [S, 4, 4] and ``depths`` are a network's answer in the scale of the world; both may be None.
         None when the tracks do not allow a first map yet. ``KeyError`` for a keyframe that is not in the map.
         """
+        pending = self.begin(keyframe_ids, T_world_camera, depths)
+        return None if pending is None else self.end(pending, pending.adjust())
+
+    def begin(
+        self,
+        keyframe_ids: Sequence[int],
+        T_world_camera: np.ndarray | None = None,
+        depths: Mapping[int, DepthPrior] | None = None,
+    ) -> PendingWindow | None:
+        """``solve`` up to the adjustment, which takes long, and may be done beside the stream.
+
+        Frames may be tracked and keyframes added before ``end``: they follow the window's last keyframe then.
+        """
         window = [self._keyframes[i] for i in sorted(keyframe_ids)]
-        start = "map"
+        depths, start = depths or {}, "map"
         if not self.is_initialised:
-            start = self._bootstrap(window, T_world_camera, depths or {})
+            start = self._bootstrap(window, T_world_camera, depths)
             if not start:
                 return None
         else:
             for i, keyframe in enumerate(window):
                 if keyframe.T_world_camera is None and T_world_camera is not None:
                     keyframe.T_world_camera = T_world_camera[i]
-        self._take_depths(window, depths or {})
-        solved = self._adjust_window(window)
+        self._take_depths(window, depths)
+        if self._focal_sigma > 0:  # the focal length moves: nothing that was solved with another one may hold still
+            posed = self._posed()
+            assembled, iterations = self._assemble(posed[1:], posed[:1], max_points=0, calibrate=True), 12
+        else:
+            posed = [k for k in window if k.T_world_camera is not None]
+            fixed = self._neighbours(posed)
+            if len(fixed) < 2:
+                fixed, posed = fixed + posed[: 2 - len(fixed)], posed[2 - len(fixed) :]
+            assembled, iterations = self._assemble(posed, fixed, max_points=_WINDOW_POINTS, calibrate=True), 5
+        return PendingWindow(window, depths, start, assembled, iterations)
+
+    def end(self, pending: PendingWindow, solution: Solution | None) -> RefinedWindow:
+        """Take over what ``pending.adjust`` returned."""
+        last = pending.window[-1].id
+        later = [k for k in self._keyframes.values() if k.id > last]
+        first = self._posed()[0]
+        depth_before = self._typical_depth(first)
+        is_taken = pending.assembled is not None and self._take_over(pending.assembled, solution, later)
+        if self._focal_sigma > 0:
+            T = first.T_world_camera
+            assert T is not None
+            self._move_world(np.eye(4), depth_before / self._typical_depth(first), T[:3, 3])
+            is_known = is_taken and solution is not None and solution.focal_sigma < _LOCKED_FOCAL_SIGMA
+            if self._windows >= 2 or is_known:
+                self._focal_sigma = 0.0
         self._windows += 1
         self._extend(self._posed())
-        return self._report(window, depths or {}, solved, start)
+        return self._report(pending, solution if is_taken else None)
 
     def _bootstrap(self, window: list[Keyframe], T_network: np.ndarray | None, depths: Mapping[int, DepthPrior]) -> str:
         """Poses and points of the first window; the name of the start, empty when there is none."""
@@ -291,60 +348,43 @@ class Refiner:
             points = origin + scale * (getattr(self._table, name) - origin)
             setattr(self._table, name, points @ T[:3, :3].T + T[:3, 3])
 
-    def _adjust_window(self, window: list[Keyframe]) -> tuple[Assembled, Solution] | None:
-        if self._focal_sigma > 0:  # the focal length moves: nothing that was solved with another one may hold still
-            posed = self._posed()
-            before = self._typical_depth(posed[0])
-            solved = self._adjust(posed[1:], posed[:1], iterations=12, max_points=0, calibrate=True)
-            T = posed[0].T_world_camera
-            assert T is not None
-            self._move_world(np.eye(4), before / self._typical_depth(posed[0]), T[:3, 3])
-            if self._windows >= 2 or (solved is not None and solved[1].focal_sigma < _LOCKED_FOCAL_SIGMA):
-                self._focal_sigma = 0.0
-            return solved
-        posed = [k for k in window if k.T_world_camera is not None]
-        fixed = self._neighbours(posed)
-        if len(fixed) < 2:
-            fixed, posed = fixed + posed[: 2 - len(fixed)], posed[2 - len(fixed) :]
-        return self._adjust(posed, fixed, iterations=5, max_points=_WINDOW_POINTS, calibrate=True)
-
     # Adjustment
 
     def _adjust(
         self, free: list[Keyframe], fixed: list[Keyframe], iterations: int, max_points: int, calibrate: bool = False
-    ) -> tuple[Assembled, Solution] | None:
-        """Adjust the free keyframes and all they see, drop outliers, adjust again, store; None: nothing was changed.
+    ) -> None:
+        """Adjust the free keyframes and all they see, and store what comes out."""
+        assembled = self._assemble(free, fixed, max_points, calibrate)
+        if assembled is not None:
+            self._take_over(assembled, _adjusted(assembled.problem, iterations), [])
 
-        A camera that would have moved by the distance of the scene was led there by wrong matches.
-        ``calibrate``: with what is not known yet about the camera.
-        """
+    def _assemble(
+        self, free: list[Keyframe], fixed: list[Keyframe], max_points: int, calibrate: bool
+    ) -> Assembled | None:
+        """``calibrate``: with what is not known yet about the camera."""
         focal_sigma = self._focal_sigma if calibrate else 0.0
         readout_sigma = self._readout_sigma if calibrate and self._readout_sigma > _LOCKED_READOUT_SIGMA else 0.0
         members = sorted(free + fixed, key=lambda k: k.id)
         T = np.stack([k.T_world_camera for k in members if k.T_world_camera is not None])
         free_ids = {k.id for k in free}
         is_free = np.array([k.id in free_ids for k in members])
-        assembled = assemble(members, T, is_free, self._table, self.K, focal_sigma, readout_sigma, max_points)
-        if assembled is None:
-            return None
-        solution = adjust(assembled.problem, iterations)
-        inlier = solution.residual_px < _GATE_PX
-        if inlier.mean() < 0.98 and inlier.sum() > 20:
-            cleaned = without(assembled.problem, inlier)
-            again = adjust(_restarted(cleaned, solution), max(2, iterations // 3))
-            residual = np.full(len(inlier), np.inf)
-            residual[inlier] = again.residual_px
-            solution = replace(again, residual_px=residual)
-        moved = np.linalg.norm(solution.T_world_camera[:, :3, 3] - T[:, :3, 3], axis=1)
+        return assemble(members, T, is_free, self._table, self.K, focal_sigma, readout_sigma, max_points)
+
+    def _take_over(self, assembled: Assembled, solution: Solution | None, later: list[Keyframe]) -> bool:
+        """Store it, unless a camera would have moved by the distance of the scene: wrong matches led it there."""
+        if solution is None:
+            return False
+        problem = assembled.problem
+        moved = np.linalg.norm(solution.T_world_camera[:, :3, 3] - problem.T_world_camera[:, :3, 3], axis=1)
         if self.is_initialised and moved.max() > self._typical_depth():
-            return None
-        write_back(assembled, solution, self._table, _GATE_PX)
-        if focal_sigma > 0:
+            return False
+        write_back(assembled, solution, self._table, later, _GATE_PX)
+        if problem.focal_sigma > 0:
             self.K = self.K.copy()
             self.K[[0, 1], [0, 1]] = solution.focal
-        if readout_sigma > 0:
+        if problem.readout_sigma > 0:
             self._learn_readout(solution)
-        return assembled, solution
+        return True
 
     def _learn_readout(self, solution: Solution) -> None:
         """The window's estimate is the next window's prior."""
@@ -476,31 +516,40 @@ class Refiner:
         depth = (self._table.xyz[rows[found]] - T[:3, 3]) @ T[:3, 2]
         return float(np.median(depth[depth > 0])) if (depth > 0).any() else 1.0
 
-    def _report(
-        self,
-        window: list[Keyframe],
-        depths: Mapping[int, DepthPrior],
-        solved: tuple[Assembled, Solution] | None,
-        start: str,
-    ) -> RefinedWindow:
+    def _report(self, pending: PendingWindow, solution: Solution | None) -> RefinedWindow:
+        window, depths, assembled = pending.window, pending.depths, pending.assembled
         scale = np.ones(len(window))
         for i, keyframe in enumerate(window):
             ratio = self._depth_ratio(keyframe, depths[keyframe.id]) if keyframe.id in depths else None
             scale[i] = 1.0 if ratio is None else ratio
         poses = [k.T_world_camera if k.T_world_camera is not None else make_T(np.eye(3), np.zeros(3)) for k in window]
-        ids = tuple(k.id for k in window)
-        if solved is None:
-            return RefinedWindow(ids, np.stack(poses), self.K, scale, np.zeros((0, 3)), float("nan"), 0.0, 0.0, start)
-        assembled, solution = solved
+        blank = RefinedWindow(
+            tuple(k.id for k in window), np.stack(poses), self.K, scale,
+            np.zeros((0, 3)), float("nan"), 0.0, 0.0, pending.start,
+        )  # fmt: skip
+        if assembled is None or solution is None:
+            return blank
         finite = solution.residual_px[np.isfinite(solution.residual_px)]
         residual = float(np.median(finite)) if len(finite) else float("nan")
         parallax = _parallax(assembled, solution)
         kept = float((solution.residual_px < _GATE_PX).mean())
         known = float((solution.depth_sigma < 0.3).mean())
         confidence = kept * known * float(1.0 - np.exp(-parallax / 1.0)) * float(np.exp(-((residual / 3.0) ** 2)))
-        return RefinedWindow(
-            ids, np.stack(poses), self.K, scale, solution.xyz, residual, parallax, min(confidence, 0.999), start
+        return replace(
+            blank, xyz=solution.xyz, residual_px=residual, parallax_deg=parallax, confidence=min(confidence, 0.999)
         )
+
+
+def _adjusted(problem: Problem, iterations: int) -> Solution:
+    """Adjust, drop outliers, adjust again."""
+    solution = adjust(problem, iterations)
+    inlier = solution.residual_px < _GATE_PX
+    if inlier.mean() >= 0.98 or inlier.sum() <= 20:
+        return solution
+    again = adjust(_restarted(without(problem, inlier), solution), max(2, iterations // 3))
+    residual = np.full(len(inlier), np.inf)
+    residual[inlier] = again.residual_px
+    return replace(again, residual_px=residual)
 
 
 def _path_length(T_world_camera: np.ndarray) -> float:

@@ -449,3 +449,61 @@ def test_too_few_tracks_make_no_map():
     assert not stream.refiner.is_initialised
     assert stream.refiner.num_landmarks == 0
     assert all(pose is None for pose in stream.poses.values())
+
+
+def test_what_comes_while_a_window_is_adjusted_follows_it():
+    """Keyframes, their points and late matches; and the map is as consistent as if the window had been solved first."""
+    world, truth = ahead(500, nearest=2.5), sideways(22, step=0.05, turn_deg=0.4)
+    first, second = ahead(40, seed=7, nearest=2.5), ahead(30, seed=8, nearest=2.5)
+    both = World(np.concatenate([world.xyz, first.xyz]))
+    refiner = run(world, truth[:16]).refiner
+    pending = refiner.begin([6, 8, 10, 12, 14])
+    solution = pending.adjust()
+    shift = make_T(np.eye(3), [0.02, -0.01, 0.03])
+    solution = replace(  # as if much had been found wrong
+        solution, T_world_camera=shift @ solution.T_world_camera, xyz=solution.xyz + shift[:3, 3]
+    )
+    ids, uv = second.seen(truth[14])
+    late = (LateMatches(14, ids.astype(np.int64) + 1000, uv),)
+    for frame in (16, 18):
+        seen = both.tracks(truth[frame], frame)
+        refiner.add_keyframe(frame, replace(seen, late=late), refiner.track(seen))
+    lone = refiner._table.anchor > 14
+    assert lone.sum() > 20
+    before = {i: refiner.pose(i) for i in (14, 16, 18)}
+    xyz, numbers = refiner._table.xyz[lone], refiner._table.ids[lone]
+    window = refiner.end(pending, solution)
+    np.testing.assert_array_equal(window.T_world_camera[-1], refiner.pose(14))
+    assert np.linalg.norm(refiner.pose(14)[:3, 3] - before[14][:3, 3]) > 0.02
+    for i in (16, 18):
+        kept = inverse(before[14]) @ before[i]
+        np.testing.assert_allclose(inverse(refiner.pose(14)) @ refiner.pose(i), kept, atol=1e-12)
+    rows, found = refiner._table.find(np.setdiff1d(numbers, pending.assembled.ids))
+    old = xyz[np.isin(numbers, refiner._table.ids[rows[found]])]
+    here, there = (
+        transform(inverse(T), p) for T, p in ((before[14], old), (refiner.pose(14), refiner._table.xyz[rows[found]]))
+    )
+    np.testing.assert_allclose(here, there, atol=1e-12)
+    pose = refiner.track(both.tracks(truth[20], 20), refiner.pose(18))
+    assert pose.is_reliable
+    step = inverse(refiner.pose(18)) @ pose.T_world_camera
+    true_step = inverse(truth[18]) @ truth[20]
+    assert rotation_angle(step[:3, :3].T @ true_step[:3, :3]) < 0.003
+
+
+def test_outliers_of_a_window_are_flagged_by_their_numbers():
+    """A keyframe may have got more points since the window was begun."""
+    world, truth = ahead(400, nearest=2.5), sideways(14, step=0.05, turn_deg=0.4)
+    refiner = run(world, truth[:12]).refiner
+    pending = refiner.begin([4, 6, 8, 10])
+    solution = pending.adjust()
+    problem, last = pending.assembled.problem, len(pending.assembled.keyframes) - 1
+    worst = np.flatnonzero(problem.camera == last)[:20]
+    residual = solution.residual_px.copy()
+    residual[worst] = 50.0
+    keyframe = refiner._keyframes[10]
+    keyframe.add(np.arange(-30, 0), np.zeros((30, 2)), np.zeros((30, 2)))
+    refiner.end(pending, replace(solution, residual_px=residual))
+    flagged = keyframe.ids[~keyframe.good]
+    assert set(pending.assembled.ids[problem.point[worst]]) <= set(flagged)
+    assert (flagged >= 0).all()

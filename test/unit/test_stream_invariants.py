@@ -20,6 +20,7 @@ from spark3r_ros.backbone import load_backbone
 from spark3r_ros.config import Config, with_values
 from spark3r_ros.frame import CameraModel, Frame, FramePose, TrackingState
 from spark3r_ros.reconstructor import MAX_GROWTH, Reconstructor
+from spark3r_ros.refine import PendingWindow
 from spark3r_ros.windows import Support
 from training.paths import camera_path
 from training.scenes import Scene, camera_matrix
@@ -186,12 +187,16 @@ class Slow:
         return self._backbone(*args, **kwargs)
 
 
-def test_how_fast_the_network_is_changes_nothing(images, backbone):
-    """Windows are solved beside the stream; when they join the map is decided by stamps, not by the clock."""
+def test_how_fast_the_network_is_changes_nothing(images, backbone, monkeypatch):
+    """Windows are solved and adjusted beside the stream; when they join the map is decided by stamps, not by the
+    clock.
+    """
     config = with_values(Config(), {"window.keyframe_flow": 0.02, "refine.mode": "on"})
     frames = as_frames([*images, *images[-2:20:-1]])
     results = []
-    for network in (backbone, Slow(backbone, 0.3)):
+    adjust = PendingWindow.adjust
+    for network, seconds in ((backbone, 0.0), (Slow(backbone, 0.3), 0.2)):
+        monkeypatch.setattr(PendingWindow, "adjust", lambda pending, s=seconds: time.sleep(s) or adjust(pending))
         reconstructor = Reconstructor(config, network)
         updates = [reconstructor.push(f) for f in frames]
         last = reconstructor.finish()
@@ -221,7 +226,8 @@ def keyframe_gaps(images, backbone, **values) -> tuple[Reconstructor, np.ndarray
 
 
 def test_between_hasty_keyframes_the_sparse_map_has_its_own(fast_images, backbone):
-    reconstructor, gaps = keyframe_gaps(fast_images, backbone, min_keyframe_interval=0.15)
+    there_and_back = [*fast_images, *fast_images[-2::-1]]  # long enough after the first window has joined
+    reconstructor, gaps = keyframe_gaps(there_and_back, backbone, min_keyframe_interval=0.15)
     assert len(gaps) >= 4
     assert (gaps > 0.15).all()
     known = [view for number, view in reconstructor._sparse.items() if number in reconstructor._refiner]
@@ -318,28 +324,33 @@ def test_slow_cameras_wait_for_the_first_window(images, backbone):
     assert reconstructor.status()["frames_waiting"] == 0
 
 
-def test_no_frame_aligns_and_joins_a_window(images, backbone):
+def test_no_frame_does_two_pieces_of_a_window(images, backbone):
     """Beside the stream a window comes into the map in pieces that fit between two frames."""
 
     class Noted(Reconstructor):
         def reset(self):
             super().reset()
-            self.aligned, self.joined = [], []
+            self.noted = {"align": [], "refine": [], "join": []}
 
-        def _align(self, job, solution):
-            self.aligned.append(self._num_frames)
-            super()._align(job, solution)
+        def _align(self, *args):
+            self.noted["align"].append(self._num_frames)
+            return super()._align(*args)
 
-        def _join_window(self, job, solution):
-            self.joined.append(self._num_frames)
-            super()._join_window(job, solution)
+        def _refine(self, *args):
+            self.noted["refine"].append(self._num_frames)
+            return super()._refine(*args)
+
+        def _join_window(self, *args):
+            self.noted["join"].append(self._num_frames)
+            super()._join_window(*args)
 
     reconstructor = Noted(with_values(Config(), {"window.keyframe_flow": 0.03, "refine.mode": "on"}), backbone)
     for frame in as_frames(images):
         reconstructor.push(frame)
-    later = np.array([reconstructor.aligned, reconstructor.joined])[:, 1:]  # the first window gives poses at once
-    assert later.shape[1] >= 2
-    assert (later[1] - later[0] == 1).all()
+    align, refine, join = (reconstructor.noted[name] for name in ("align", "refine", "join"))
+    assert len(join) >= 3
+    assert all(b == a + 1 for a, b in zip(align, refine, strict=False))
+    assert all(b > a for a, b in zip(refine, join, strict=False))
 
 
 def test_the_first_poses_do_not_wait_for_the_first_points(images, backbone):
