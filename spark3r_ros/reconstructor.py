@@ -386,7 +386,8 @@ class Reconstructor:
         fit = None
         if self._scout is not None or not self._is_starting:
             tracked = estimate.tracked if estimate is not None else None
-            fit = self._sparse_map.add_keyframe(view.frame_index, tracks, tracked)
+            is_keyframe = isinstance(view, Keyframe)  # a support is adjusted with the next one
+            fit = self._sparse_map.add_keyframe(view.frame_index, tracks, tracked, adjust=is_keyframe)
             self._follow(self._sparse_map, self._window.keyframes[0] if self._window.keyframes else view)
         return fit.num_inliers if fit is not None and not self._is_starting else None
 
@@ -531,7 +532,8 @@ class Reconstructor:
                 assert T_scout[0] is not None
                 assert T_scout[1] is not None
                 tracked = refiner.locate(tracks, before.T_world_camera @ geometry.inverse(T_scout[0]) @ T_scout[1])
-                refiner.add_keyframe(keyframe.frame_index, tracks, tracked)
+                is_last = keyframe is self._start_views[-1][0]  # adjusts those before it, too
+                refiner.add_keyframe(keyframe.frame_index, tracks, tracked, adjust=is_last)
                 keyframe.num_inliers = tracked.num_inliers
                 self._follow(refiner, self._start_views[0][0])
             estimate = Estimate(keyframe.T_world_camera, tracked.covariance, 1.0, tracked)

@@ -217,11 +217,13 @@ class Refiner:
 
     # One keyframe
 
-    def add_keyframe(self, keyframe_id: int, tracks: Tracks, pose: TrackedPose | None = None) -> TrackedPose | None:
+    def add_keyframe(
+        self, keyframe_id: int, tracks: Tracks, pose: TrackedPose | None = None, adjust: bool = True
+    ) -> TrackedPose | None:
         """Give depth to a keyframe's points and adjust it with its neighbours; before the first window: store.
 
-        ``pose``: of the same frame, from ``track``; None: asked for here. ``ValueError`` when the number is not larger
-        than all before.
+        ``pose``: of the same frame, from ``track``; None: asked for here. ``adjust`` False leaves the adjustment to the
+        next one. ``ValueError`` when the number is not larger than all before.
         """
         if self._keyframes and keyframe_id <= max(self._keyframes):
             raise ValueError(f"keyframe ids must grow, got {keyframe_id} after {max(self._keyframes)}")
@@ -234,7 +236,7 @@ class Refiner:
         if pose is None:
             return None
         keyframe.T_world_camera = pose.T_world_camera
-        if pose.is_reliable:
+        if pose.is_reliable and adjust:
             posed = self._posed()
             recent = posed[1:][-_LOCAL_FREE:]  # the first holds the world
             self._adjust(recent, self._neighbours(recent), iterations=4, max_points=_LOCAL_POINTS)

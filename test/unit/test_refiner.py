@@ -507,3 +507,16 @@ def test_outliers_of_a_window_are_flagged_by_their_numbers():
     flagged = keyframe.ids[~keyframe.good]
     assert set(pending.assembled.ids[problem.point[worst]]) <= set(flagged)
     assert (flagged >= 0).all()
+
+
+def test_a_keyframe_may_be_adjusted_with_the_next_one():
+    world, truth = ahead(500, nearest=2.5), sideways(22, step=0.05, turn_deg=0.4)
+    refiner = run(world, truth[:14]).refiner
+    seen = world.tracks(truth[14], 14)
+    tracked = refiner.track(seen)
+    left = refiner.add_keyframe(14, seen, tracked, adjust=False)
+    np.testing.assert_array_equal(left.T_world_camera, tracked.T_world_camera)
+    assert refiner.pose(14) is not None
+    refiner.add_keyframe(16, world.tracks(truth[16], 16))
+    assert not np.array_equal(refiner.pose(14), tracked.T_world_camera)
+    np.testing.assert_allclose(refiner.pose(14), tracked.T_world_camera, atol=0.02)
