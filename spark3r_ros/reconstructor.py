@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import takewhile
 from pathlib import Path
@@ -48,7 +48,7 @@ from spark3r_ros.places import Corners, PlaceStore, Sighting, describe, make_pla
 from spark3r_ros.point_map import KeyframePoints, PointMap, keyframe_points, trusted
 from spark3r_ros.preprocess import FrameError, NetworkImage, Preprocessor
 from spark3r_ros.recovery import Watch, find_again, sighted_pose, sparse_view
-from spark3r_ros.refine import DenseView, DepthPrior, RefinedWindow, Refiner, dense_depth
+from spark3r_ros.refine import DenseView, DepthPrior, RefinedWindow, Refiner, TrackedPose, dense_depth
 from spark3r_ros.scale import Measurement, OdometrySource, ScaleFilter, from_depth, from_height, from_model
 from spark3r_ros.solver import Solution, Solver
 from spark3r_ros.tracking import (
@@ -126,6 +126,7 @@ class Job:
     link: Link | None = None
     scale: float = 1.0  # world units per unit of the network
     solution: Solution | None = None
+    located: dict[int, TrackedPose] = field(default_factory=dict)  # keyframes of the first window, on its points
     is_joined: bool = False
     seconds: float = 0.0
 
@@ -509,8 +510,11 @@ class Reconstructor:
             poses.append(self._pose_of(seen, estimate, keyframe is not None))
         return poses
 
-    def _dismiss_scout(self, scout: Refiner, refiner: Refiner) -> None:
-        """The first window has joined the map, which places frames from now on, and keyframes of the meantime first."""
+    def _dismiss_scout(self, scout: Refiner, refiner: Refiner, located: Mapping[int, TrackedPose]) -> None:
+        """The first window has joined the map, which places frames from now on, and keyframes of the meantime first.
+
+        ``located``: those of the window.
+        """
         self._scout = None
         if not refiner.is_initialised:
             self._scouted.clear()
@@ -526,7 +530,8 @@ class Reconstructor:
         for (keyframe, tracks), rate in zip(self._start_views, rates.tolist(), strict=True):
             doubt = 1.0
             if keyframe.frame_index in refiner:
-                tracked, doubt = refiner.locate(tracks, keyframe.T_world_camera), FIRST_WINDOW_DOUBT
+                known = located.get(keyframe.frame_index)
+                tracked, doubt = known or refiner.locate(tracks, keyframe.T_world_camera), FIRST_WINDOW_DOUBT
             else:
                 T_scout = [scout.pose(k.frame_index) for k in (before, keyframe)]
                 assert T_scout[0] is not None
@@ -760,7 +765,7 @@ class Reconstructor:
             self._take_refined(self._refiner, job.keyframes[0], views, refined)
         self._is_starting = False
         if self._scout is not None and self._refiner is not None:
-            self._dismiss_scout(self._scout, self._refiner)
+            self._dismiss_scout(self._scout, self._refiner, job.located)
         self._start_views.clear()
         self._solver.commit(job.keyframes)
         job.is_joined = True
@@ -849,7 +854,16 @@ class Reconstructor:
         priors = {k.frame_index: _prior(k.dense) for k in views if isinstance(k, Keyframe) and k.dense is not None}
         guess = [view.frame_index for view in views], np.stack([poses[v.frame_index] for v in views]), priors
         if self._scout is not None:  # which places frames meanwhile
-            return self._beside.submit(refiner.solve, *guess).result
+            tracks = {keyframe.frame_index: tracks for keyframe, tracks in self._start_views}
+
+            def start() -> RefinedWindow | None:
+                refined = refiner.solve(*guess)
+                if refined is not None:
+                    for index, T in zip(refined.keyframe_ids, refined.T_world_camera, strict=True):
+                        job.located[index] = refiner.locate(tracks[index], T)
+                return refined
+
+            return self._beside.submit(start).result
         if not refiner.is_calibrated:
             return partial(refiner.solve, *guess)
         pending = refiner.begin(*guess)
