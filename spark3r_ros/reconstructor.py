@@ -76,7 +76,7 @@ SLOW_NS = 400_000_000  # between frames that leave time for a window
 MAX_GROWTH = 2  # times window.size that a window may grow to while the one before it is on its way
 SCOUT_FRAMES = 4  # that the scout's first look takes at least
 SCOUT_VIEWS = 6  # and how many of them it keeps, keyframes aside
-RETRACKED = 2  # frames of the scout that are placed again with each that follows the first window
+RETRACKED = 2  # frames of the scout that are placed again with each later one that is nothing to the map
 PIECE_NS = 100_000_000  # of a window's further way into the map, one piece is done per so much time between frames
 STILL_FLOW = 0.001  # share of the image's width that noise moves the points of a camera at rest by
 SIGHTED_SIGMA = 0.01  # rad and share of the scene's distance, of a pose from recognised corners
@@ -270,8 +270,9 @@ class Reconstructor:
                 self._scouted.pop()
         elif tracked.role is Gate.SUPPORT:
             self._add_support(tracked.seen, tracked.estimate)
-        self._work(stamp_ns, tracked.interval_ns, tracked.role in (Gate.KEYFRAME, Gate.SUPPORT))
-        if self._scout is None:
+        is_busy = tracked.role in (Gate.KEYFRAME, Gate.SUPPORT)
+        self._work(stamp_ns, tracked.interval_ns, is_busy)
+        if self._scout is None and not is_busy:
             for _ in range(RETRACKED):
                 self._place_scouted()
         self._refresh_odom()
