@@ -10,6 +10,7 @@ such finds may name points of an earlier keyframe that nobody had asked for, whi
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ _SETTLE_PX = 2.0  # a point that its keyframe patch moves further than this is k
 _EPIPOLAR_PX = 1.5
 _MIN_MATCHES = 16
 SLOW_S = 0.3  # seconds between frames that leave time, and bring baselines, for descriptors of the whole image
+_MORE_POINTS = 4 / 3  # times as many then, and
+_DESCRIBED = 8 / 3  # so many with descriptors
 _KEPT_KEYFRAMES = 6  # that descriptors are compared with
 _DESCRIBED_LATE = 2  # of them that get corners or descriptors when none were needed at their time
 _GRID = (8, 6)
@@ -101,7 +104,7 @@ class FeatureTracker:
         self._camera = camera
         self._dense_flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
         self._orb = cv2.ORB.create(_CORNERS, nlevels=4, fastThreshold=7)
-        self._sift = cv2.SIFT.create(nfeatures=2 * config.features, contrastThreshold=0.02)
+        self._sift = cv2.SIFT.create(nfeatures=round(_DESCRIBED * config.features), contrastThreshold=0.02)
         self._gray: np.ndarray | None = None
         self._ids = np.zeros(0, np.int64)
         self._uv = np.zeros((0, 2))
@@ -109,6 +112,7 @@ class FeatureTracker:
         self._keyframes: deque[_Keyframe] = deque(maxlen=_KEPT_KEYFRAMES)
         self._next_id = 0
         self._stamp_ns = 0
+        self._is_slow = True  # until the second frame
         self._motion = np.zeros((2, 3))
 
     def track(self, gray: np.ndarray, stamp_ns: int | None = None) -> Tracks:
@@ -123,11 +127,12 @@ class FeatureTracker:
         previous, self._gray, self._features = self._gray, gray, None
         late: tuple[LateMatches, ...] = ()
         seconds = 0.0 if stamp_ns is None else 1e-9 * (stamp_ns - self._stamp_ns)
+        self._is_slow = previous is None or not 0 < seconds < SLOW_S
         if previous is not None and self._keyframes:
             ids, uv = self._ids, self._uv
             self._follow(previous, gray)
             enough = max(self._config.min_survival * len(ids), _MIN_MATCHES * 2)
-            if len(self._ids) < enough and 0 < seconds < SLOW_S:
+            if len(self._ids) < enough and not self._is_slow:
                 self._find_again(gray, enough)
             elif len(self._ids) < enough:
                 late = self._match(gray)
@@ -336,7 +341,8 @@ class FeatureTracker:
         columns, rows = _GRID
         cell = (self._uv[:, 1] * rows / height).astype(int).clip(0, rows - 1) * columns
         cell += (self._uv[:, 0] * columns / width).astype(int).clip(0, columns - 1)
-        per_cell = -(-self._config.features // (columns * rows))
+        wanted = self._config.features * (_MORE_POINTS if self._is_slow else 1.0)
+        per_cell = math.ceil(wanted / (columns * rows))
         return per_cell - np.bincount(cell, minlength=columns * rows)
 
     def _add(self, uv: np.ndarray) -> np.ndarray:

@@ -111,11 +111,24 @@ def test_before_the_first_keyframe_there_is_no_flow(walk):
 
 def test_corners_are_spread_and_bounded(followed):
     uv = followed[0].uv
-    assert len(uv) <= 1.2 * CONFIG.features
+    assert len(uv) <= 4 / 3 * CONFIG.features + 48  # 48 cells, each rounded up
     cells = np.unique((uv * [8 / WIDTH, 6 / HEIGHT]).astype(int) @ [1, 8])
     assert len(cells) > 24  # of 48
     distance = np.linalg.norm(uv[:, None] - uv[None], axis=2) + 1e3 * np.eye(len(uv))
     assert distance.min() >= 5
+
+
+def test_there_are_more_points_where_frames_come_slowly(walk):
+    counts = []
+    for seconds in (0.1, 1.0):
+        tracker = FeatureTracker(RefineConfig(features=150))
+        tracker.track(walk.gray[0], 0)
+        tracker.set_keyframe(0)
+        tracker.track(walk.gray[1], round(seconds * 1e9))
+        tracker._put(np.zeros(0, np.int64), np.zeros((0, 2)))  # the whole image is empty
+        counts.append(len(tracker.set_keyframe(1).ids))
+    assert 100 < counts[0] <= 150 + 48
+    assert counts[1] > 1.2 * counts[0]
 
 
 def test_points_that_vanish_are_dropped_by_the_check_backwards(walk):
