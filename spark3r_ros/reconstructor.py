@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -78,7 +79,8 @@ SCOUT_FRAMES = 4  # that the scout's first look takes at least
 SCOUT_VIEWS = 6  # and how many of them it keeps, keyframes aside
 RETRACKED = 2  # frames of the scout that are placed again with each later one that is nothing to the map
 PIECE_NS = 100_000_000  # of a window's further way into the map, one piece is done per so much time between frames
-STILL_FLOW = 0.001  # share of the image's width that noise moves the points of a camera at rest by
+NEAR_FLOW = 0.008  # share of the image's width that points have moved by where a camera is still near its origin
+NEAR_FRAMES = 30  # of these that are kept for the scout, and placed better later
 SIGHTED_SIGMA = 0.01  # rad and share of the scene's distance, of a pose from recognised corners
 PLACE_CONFIDENCE = 0.2  # of depths that places keep: outliers are found when places are matched
 
@@ -176,6 +178,7 @@ class Reconstructor:
         self._is_starting = True  # no window has joined the map
         self._waiting: list[Seen] = []  # moving frames from before anything could place them
         self._moving_since_ns = 0  # stamp of the last frame before them
+        self._near: deque[tuple[int, Seen]] = deque(maxlen=NEAR_FRAMES)  # and the last ones before, by row
         self._scout: Refiner | None = None  # a rough sparse map that places frames until the first window has joined
         self._scouted: list[tuple[int, Tracks]] = []  # rows of the trajectory that it placed, to be placed better
         self._start_views: list[tuple[Keyframe, Tracks]] = []  # keyframes from before that, with their points
@@ -435,20 +438,20 @@ class Reconstructor:
     # -- before the first window ---------------------------------------------------------------------------------
 
     def _initialise(self, seen: Seen, interval_ns: int) -> list[FramePose]:
-        """The world begins where the camera stands; once it moves, frames wait for the scout, or without one for the
-        first window.
+        """The world begins where the camera stands; once it has left, frames wait for the scout, or without one for
+        the first window.
         """
         if seen.gate is Gate.KEYFRAME:
             self._add_keyframe(seen, None)
-        stands = seen.gate is not Gate.KEYFRAME and seen.tracks.flow_px < STILL_FLOW * seen.gray.shape[1]
-        if not self._waiting and (stands or seen.index == 0):
-            return [self._pose_at_origin(seen)]
+        is_near = seen.gate is not Gate.KEYFRAME and seen.tracks.flow_px < NEAR_FLOW * seen.gray.shape[1]
+        if not self._waiting and (is_near or seen.index == 0):
+            return [self._pose_near_origin(seen)]
         if not self._waiting:
             self._moving_since_ns = self._trajectory.last_stamp_ns
         self._waiting.append(seen)
         if self._can_start(seen.frame.stamp_ns):
             return self._start(seen.frame.stamp_ns)
-        if seen.gate is Gate.KEYFRAME and interval_ns < SLOW_NS and self._send_scout():
+        if interval_ns < SLOW_NS and self._send_scout():
             return self._pose_waiting()
         return []
 
@@ -458,27 +461,35 @@ class Reconstructor:
         crowded = len(self._waiting) >= self.config.window.max_pending
         return self._window.is_full or (self._window.can_start and moved) or crowded
 
-    def _pose_at_origin(self, seen: Seen) -> FramePose:
-        """Pose of the first frame, and of those that show what it shows."""
-        self._trajectory.append(seen.frame.stamp_ns, np.eye(4), self._keyframes[0])
-        return self._pose_of(seen, Estimate(np.eye(4), np.eye(6) * MIN_ROTATION_SIGMA**2, 1.0), seen.index == 0)
+    def _pose_near_origin(self, seen: Seen) -> FramePose:
+        """Pose of the first frame, and of those that show nearly what it shows: turned, and as uncertain as that."""
+        origin, T, sigma = self._keyframes[0], np.eye(4), MIN_ROTATION_SIGMA
+        if seen.index:
+            sigma = max(sigma, FIRST_WINDOW_DOUBT * seen.tracks.flow_px / seen.gray.shape[1])
+            T = T if self._refiner is None else self._refiner.turned(origin.frame_index, seen.tracks)
+            self._near.append((len(self._trajectory), seen))
+        self._advance_odometry(T)
+        self._trajectory.append(seen.frame.stamp_ns, T, origin)
+        return self._pose_of(seen, Estimate(T, np.eye(6) * sigma**2, 1.0), seen.index == 0)
 
     def _send_scout(self) -> bool:
         """Place the first frames without waiting for the network: by their points alone, roughly."""
         views = {keyframe.frame_index: tracks for keyframe, tracks in self._start_views}
-        between = [seen for seen in self._waiting if seen.index not in views]
+        between = [seen for seen in [*(seen for _, seen in self._near), *self._waiting] if seen.index not in views]
         if self._refiner is None or len(views) + len(between) < SCOUT_FRAMES:
             return False
         assert self._preprocess is not None
         height, width = self._preprocess.image_shape[:2]
         scout = Refiner(self.config.refine, width, height, self._preprocess.camera)
-        views |= {seen.index: seen.tracks for seen in between[:: -(-len(between) // SCOUT_VIEWS)]} if between else {}
+        views |= {seen.index: seen.tracks for seen in between[:: -max(1, -(-len(between) // SCOUT_VIEWS))]}
         for index in sorted(views):
             scout.add_keyframe(index, views[index])
         if scout.solve(sorted(views)) is None:
             return False
         self._scout, self._state = scout, TrackingState.TRACKING
         self._follow(scout, self._start_views[0][0])
+        self._scouted += [(row, seen.tracks) for row, seen in self._near]
+        self._near.clear()
         return True
 
     def _start(self, stamp_ns: int) -> list[FramePose]:

@@ -166,6 +166,11 @@ class Refiner:
         uv_read, shutter = self._read(tracks.uv, tracks.motion)
         return self._located(tracks, uv_read - self._readout * shutter, T_guess)
 
+    def turned(self, keyframe_id: int, tracks: Tracks) -> np.ndarray:
+        """T_keyframe_frame [4, 4] of a camera that has only turned since this keyframe; needs no map."""
+        keyframe = self._keyframes[keyframe_id]
+        return self._rotation(keyframe.ids, keyframe.uv, tracks.ids, self._read(tracks.uv, tracks.motion)[0])
+
     def go_on_from(self, other: Refiner) -> None:
         """Another map has tracked the same stream up to here: the frame before is its own."""
         self._last = other._last

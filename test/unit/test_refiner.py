@@ -520,3 +520,15 @@ def test_a_keyframe_may_be_adjusted_with_the_next_one():
     refiner.add_keyframe(16, world.tracks(truth[16], 16))
     assert not np.array_equal(refiner.pose(14), tracked.T_world_camera)
     np.testing.assert_allclose(refiner.pose(14), tracked.T_world_camera, atol=0.02)
+
+
+def test_a_turn_needs_no_map():
+    world, truth = ahead(300, nearest=2.5), turning(4, 0.4)
+    refiner = Refiner(RefineConfig(), WIDTH, HEIGHT, CAMERA)
+    refiner.add_keyframe(0, world.tracks(truth[0], 0))
+    T = refiner.turned(0, world.tracks(truth[3], 3))
+    assert not refiner.is_initialised
+    np.testing.assert_array_equal(T[:3, 3], 0.0)
+    assert np.degrees(rotation_angle(T[:3, :3].T @ (inverse(truth[0]) @ truth[3])[:3, :3])) < 0.05
+    nothing = Tracks(np.zeros(0, np.int64), np.zeros((0, 2)), np.inf, 0.0, np.zeros((2, 3)))
+    np.testing.assert_array_equal(refiner.turned(0, nothing), np.eye(4))

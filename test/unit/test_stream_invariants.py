@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from spark3r_ros.backbone import load_backbone
 from spark3r_ros.config import Config, with_values
 from spark3r_ros.frame import CameraModel, Frame, FramePose, TrackingState
-from spark3r_ros.reconstructor import MAX_GROWTH, Reconstructor
+from spark3r_ros.geometry import rotation_angle
+from spark3r_ros.reconstructor import MAX_GROWTH, NEAR_FRAMES, Reconstructor
 from spark3r_ros.refine import PendingWindow
 from spark3r_ros.windows import Support
 from training.paths import camera_path
@@ -314,6 +315,31 @@ def test_a_first_window_that_fails_is_followed_by_another(images, backbone):
     assert len(poses) == 2 * len(images) - 1
     assert reconstructor.status()["windows"] >= 1
     assert reconstructor._scout is None
+
+
+def test_a_camera_that_begins_slowly_waits_for_nothing(backbone):
+    """Near its origin it has its poses at once, as uncertain as they are, and the scout goes on from there."""
+    scene, truth = Scene(3, "room"), camera_path("orbit", 3600, 3, 0.3)[:100]
+    reconstructor = Reconstructor(with_values(Config(), {"refine.mode": "on"}), backbone)
+    still = [scene.render(truth[0], K, WIDTH, HEIGHT)[0]] * 40
+    poses, scouted = [], 0
+    for frame in as_frames([*still, *(scene.render(T, K, WIDTH, HEIGHT)[0] for T in truth)]):
+        update = reconstructor.push(frame)
+        assert len(update.poses) == 1
+        poses += update.poses
+        scouted += reconstructor._scout is not None
+        assert len(reconstructor._near) <= NEAR_FRAMES
+        assert len(reconstructor._scouted) <= NEAR_FRAMES + scouted
+    assert scouted
+    assert all(p.state is TrackingState.INITIALISING for p in poses[:44])
+    sigmas = np.array([np.sqrt(p.covariance[3, 3]) for p in poses])
+    assert (sigmas[:40] == sigmas[0]).all()
+    near = next(i for i, p in enumerate(poses) if p.state is TrackingState.TRACKING)
+    assert sigmas[near - 1] > 2 * sigmas[0]
+    R_true = np.swapaxes(truth[:1, :3, :3], 1, 2) @ truth[:, :3, :3]
+    R = np.stack([p.T_odom_camera[:3, :3] for p in poses])[40:]
+    off = rotation_angle(np.swapaxes(R, 1, 2) @ R_true)
+    assert (off[: near - 40] < 3 * sigmas[40:near]).all()
 
 
 def test_slow_cameras_wait_for_the_first_window(images, backbone):
