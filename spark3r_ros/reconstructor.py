@@ -177,7 +177,7 @@ class Reconstructor:
         self._trajectory = Trajectory()
         self._is_starting = True  # no window has joined the map
         self._waiting: list[Seen] = []  # moving frames from before anything could place them
-        self._moving_since_ns = 0  # stamp of the last frame before them
+        self._moving_since_ns = -(2**63)  # stamp of the last frame that stood still before them
         self._near: deque[tuple[int, Seen]] = deque(maxlen=NEAR_FRAMES)  # and the last ones before, by row
         self._scout: Refiner | None = None  # a rough sparse map that places frames until the first window has joined
         self._scouted: list[tuple[int, Tracks]] = []  # rows of the trajectory that it placed, to be placed better
@@ -302,7 +302,7 @@ class Reconstructor:
         newest = self._keyframes.get(self._next_keyframe - 1)
         decision = Gate.KEYFRAME  # the first frame of a segment
         if newest is not None and newest.segment == self._segment:
-            seconds = 1e-9 * (frame.stamp_ns - newest.stamp_ns)
+            seconds = 1e-9 * (frame.stamp_ns - max(newest.stamp_ns, self._moving_since_ns))
             flow = tracks.flow_px / frame.image.shape[1]
             is_next = newest.frame_index == self._num_frames - 1
             is_gathering = self._is_starting and not self._jobs
@@ -446,8 +446,6 @@ class Reconstructor:
         is_near = seen.gate is not Gate.KEYFRAME and seen.tracks.flow_px < NEAR_FLOW * seen.gray.shape[1]
         if not self._waiting and (is_near or seen.index == 0):
             return [self._pose_near_origin(seen)]
-        if not self._waiting:
-            self._moving_since_ns = self._trajectory.last_stamp_ns
         self._waiting.append(seen)
         if self._can_start(seen.frame.stamp_ns):
             return self._start(seen.frame.stamp_ns)
@@ -465,9 +463,13 @@ class Reconstructor:
         """Pose of the first frame, and of those that show nearly what it shows: turned, and as uncertain as that."""
         origin, T, sigma = self._keyframes[0], np.eye(4), MIN_ROTATION_SIGMA
         if seen.index:
-            sigma = max(sigma, FIRST_WINDOW_DOUBT * seen.tracks.flow_px / seen.gray.shape[1])
+            moved = seen.tracks.flow_px / seen.gray.shape[1]
+            sigma = max(sigma, FIRST_WINDOW_DOUBT * moved)
             T = T if self._refiner is None else self._refiner.turned(origin.frame_index, seen.tracks)
-            self._near.append((len(self._trajectory), seen))
+            if moved > 0.25 * NEAR_FLOW:  # the others show the same
+                self._near.append((len(self._trajectory), seen))
+        if seen.gate is Gate.STATIC or seen.index == 0:
+            self._moving_since_ns = seen.frame.stamp_ns
         self._advance_odometry(T)
         self._trajectory.append(seen.frame.stamp_ns, T, origin)
         return self._pose_of(seen, Estimate(T, np.eye(6) * sigma**2, 1.0), seen.index == 0)

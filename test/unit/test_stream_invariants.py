@@ -317,7 +317,7 @@ def test_a_first_window_that_fails_is_followed_by_another(images, backbone):
     assert reconstructor._scout is None
 
 
-def test_a_camera_that_begins_slowly_waits_for_nothing(backbone):
+def test_a_camera_that_begins_slowly_hardly_waits(backbone):
     """Near its origin it has its poses at once, as uncertain as they are, and the scout goes on from there."""
     scene, truth = Scene(3, "room"), camera_path("orbit", 3600, 3, 0.3)[:100]
     reconstructor = Reconstructor(with_values(Config(), {"refine.mode": "on"}), backbone)
@@ -325,13 +325,13 @@ def test_a_camera_that_begins_slowly_waits_for_nothing(backbone):
     poses, scouted = [], 0
     for frame in as_frames([*still, *(scene.render(T, K, WIDTH, HEIGHT)[0] for T in truth)]):
         update = reconstructor.push(frame)
-        assert len(update.poses) == 1
         poses += update.poses
+        assert reconstructor.status()["frames_waiting"] <= 1
         scouted += reconstructor._scout is not None
         assert len(reconstructor._near) <= NEAR_FRAMES
         assert len(reconstructor._scouted) <= NEAR_FRAMES + scouted
     assert scouted
-    assert all(p.state is TrackingState.INITIALISING for p in poses[:44])
+    assert all(p.state is TrackingState.INITIALISING for p in poses[:42])
     sigmas = np.array([np.sqrt(p.covariance[3, 3]) for p in poses])
     assert (sigmas[:40] == sigmas[0]).all()
     near = next(i for i, p in enumerate(poses) if p.state is TrackingState.TRACKING)
