@@ -164,7 +164,7 @@ class RefineConfig(_Group):
     mode: str = param("auto", "bundle adjustment of windows; auto: on for nano", choices=("auto", "on", "off"))
     dense: bool = param(True, "depth of keyframes from the flow between them; the network's depth is the prior")
     features: int = param(
-        450, "points that are followed from frame to frame; a third more where frames come slowly", ge=50, le=10000
+        450, "points that are followed from frame to frame; a third more where keyframes come slowly", ge=50, le=10000
     )
     min_survival: float = param(
         0.4, "when fewer points survive a frame, corners or descriptors look for them", ge=0.0, le=1.0

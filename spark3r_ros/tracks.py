@@ -38,6 +38,7 @@ _SETTLE_PX = 2.0  # a point that its keyframe patch moves further than this is k
 _EPIPOLAR_PX = 1.5
 _MIN_MATCHES = 16
 SLOW_S = 0.3  # seconds between frames that leave time, and bring baselines, for descriptors of the whole image
+CALM_S = 0.5  # seconds between keyframes that leave time for more points
 _MORE_POINTS = 4 / 3  # times as many then, and
 _DESCRIBED = 8 / 3  # so many with descriptors
 _KEPT_KEYFRAMES = 6  # that descriptors are compared with
@@ -113,6 +114,7 @@ class FeatureTracker:
         self._next_id = 0
         self._stamp_ns = 0
         self._is_slow = True  # until the second frame
+        self._keyframe_ns = -(2**63)
         self._motion = np.zeros((2, 3))
 
     def track(self, gray: np.ndarray, stamp_ns: int | None = None) -> Tracks:
@@ -150,9 +152,11 @@ class FeatureTracker:
         if self._gray is None:
             raise RuntimeError("set_keyframe needs a tracked frame; call track first")
         if self._features is None:
-            self._add(self._detect(self._gray))
+            is_calm = self._is_slow or self._stamp_ns - self._keyframe_ns >= 1e9 * CALM_S
+            self._add(self._detect(self._gray, self._config.features * (_MORE_POINTS if is_calm else 1.0)))
         else:
             self._adopt_features(self._features)
+        self._keyframe_ns = self._stamp_ns
         self._keyframes.append(_Keyframe(keyframe_id, self._gray, self._ids, self._uv, self._features))
         return self._tracks(())
 
@@ -309,7 +313,7 @@ class FeatureTracker:
 
     # New points
 
-    def _detect(self, gray: np.ndarray) -> np.ndarray:
+    def _detect(self, gray: np.ndarray, wanted: float) -> np.ndarray:
         """New corners [N, 2], strongest first in each cell of a grid, away from the points that are followed."""
         height, width = gray.shape
         distance = max(5, round(0.012 * width))
@@ -324,7 +328,7 @@ class FeatureTracker:
         v, u = np.nonzero(peak & (mask > 0) & (response > floor))
         order = np.argsort(-response[v, u], kind="stable")
         v, u = v[order], u[order]
-        quota = self._cell_quota(width, height)
+        quota = self._cell_quota(width, height, wanted)
         chosen: list[tuple[int, int]] = []
         taken = mask == 0
         columns, rows = _GRID
@@ -337,11 +341,10 @@ class FeatureTracker:
             taken[max(0, y - distance) : y + distance + 1, max(0, x - distance) : x + distance + 1] = True
         return np.array(chosen, dtype=float).reshape(-1, 2)
 
-    def _cell_quota(self, width: int, height: int) -> np.ndarray:
+    def _cell_quota(self, width: int, height: int, wanted: float) -> np.ndarray:
         columns, rows = _GRID
         cell = (self._uv[:, 1] * rows / height).astype(int).clip(0, rows - 1) * columns
         cell += (self._uv[:, 0] * columns / width).astype(int).clip(0, columns - 1)
-        wanted = self._config.features * (_MORE_POINTS if self._is_slow else 1.0)
         per_cell = math.ceil(wanted / (columns * rows))
         return per_cell - np.bincount(cell, minlength=columns * rows)
 
