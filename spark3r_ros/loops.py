@@ -18,7 +18,7 @@ import numpy as np
 
 from spark3r_ros import geometry
 from spark3r_ros.config import LoopConfig
-from spark3r_ros.places import PlaceStore, recognise
+from spark3r_ros.places import Place, PlaceStore, Sighting
 from spark3r_ros.windows import Keyframe
 
 logger = logging.getLogger(__name__)
@@ -144,21 +144,37 @@ class LoopCloser:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loops")
         self._running: Future[dict[int, np.ndarray]] | None = None
 
-    def search(self, query: Keyframe, keyframes: Mapping[int, Keyframe], unconnected_from: int | None) -> Edge | None:
-        """Look for an earlier sight of a new keyframe's place and add it to the graph.
+    def candidates(self, query: int, descriptor: np.ndarray, unconnected_from: int | None) -> Sequence[Place]:
+        """Old places that look like this keyframe, most alike first.
 
         Args:
-            query: the new keyframe; its place is not in the store yet.
+            query: its number.
+            descriptor: [C], of the whole image.
+            unconnected_from: see ``judge``.
+        """
+        if not self.config.enabled:
+            return []
+        before = query - self.config.min_gap if unconnected_from is None else unconnected_from
+        return self.places.similar(descriptor, self.config.candidates, self.SPACING, before)
+
+    def judge(
+        self,
+        query: Keyframe,
+        sightings: Sequence[Sighting],
+        keyframes: Mapping[int, Keyframe],
+        unconnected_from: int | None,
+    ) -> Edge | None:
+        """Add the best believable sight of a new keyframe's ``candidates`` to the graph.
+
+        Args:
+            query: the new keyframe.
+            sightings: of its candidates, by ``recognise``.
             keyframes: all keyframes.
             unconnected_from: first keyframe of a segment that hangs on nothing: a sight of anything older says where it
                 is, so there is no drift that could be implausible.
         """
-        assert query.place is not None
         if query.id - self._last_loop < self.SPACING:
             return None
-        before = query.id - self.config.min_gap if unconnected_from is None else unconnected_from
-        candidates = self.places.similar(query.place.descriptor, self.config.candidates, self.SPACING, before)
-        sightings = [s for s in (recognise(query.place, c, self.config) for c in candidates) if s is not None]
         for seen in sorted(sightings, key=lambda s: -s.num_inliers):
             first = keyframes[seen.place.keyframe_id]
             edge = loop_edge(first.id, query.id, seen.S_place_query, query.median_depth * float(np.exp(seen.log_scale)))

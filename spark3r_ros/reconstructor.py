@@ -27,7 +27,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from spark3r_ros import geometry, map_file
-from spark3r_ros.alignment import Link, View, align
+from spark3r_ros.alignment import Link, View, align, robust_log_ratio
 from spark3r_ros.backbone import Backbone, load_backbone
 from spark3r_ros.config import Config
 from spark3r_ros.device import choose_device
@@ -45,7 +45,7 @@ from spark3r_ros.frame import (
 )
 from spark3r_ros.loops import FIRST_DOUBT, NETWORK_DOUBT, Edge, LoopCloser, loop_edge, step_doubt, step_edge
 from spark3r_ros.map_file import MapFileError, SavedMap
-from spark3r_ros.places import Corners, PlaceStore, Sighting, describe, make_place
+from spark3r_ros.places import Corners, Place, PlaceStore, Sighting, describe, make_place, recognise
 from spark3r_ros.point_map import KeyframePoints, PointMap, keyframe_points, trusted
 from spark3r_ros.preprocess import FrameError, NetworkImage, Preprocessor
 from spark3r_ros.recovery import Watch, find_again, sighted_pose, sparse_view
@@ -97,7 +97,6 @@ class Seen:
     gray: np.ndarray  # [H, W] uint8, as it came from the camera
     tracks: Tracks
     gate: Gate
-    corners: Corners | None  # of keyframes
 
     @cached_property
     def network(self) -> NetworkImage:
@@ -131,6 +130,16 @@ class Job:
     located: dict[int, TrackedPose] = field(default_factory=dict)  # keyframes of the first window, on its points
     is_joined: bool = False
     seconds: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Examined:
+    """What a new keyframe of a joined window shows."""
+
+    dense: DepthMap
+    points: KeyframePoints
+    place: Place
+    sightings: list[Sighting]  # of old places
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,13 +301,13 @@ class Reconstructor:
         self._preprocess.check(frame)
         gray = cv2.cvtColor(frame.image, cv2.COLOR_RGB2GRAY)
         tracks = self._features.track(gray, frame.stamp_ns)
-        decision, corners = self._decide(frame, gray, tracks)
+        decision = self._decide(frame, gray, tracks)
         self._last_stamp_ns = frame.stamp_ns
         self._num_frames += 1
-        return Seen(frame, self._num_frames - 1, self._preprocess, gray, tracks, decision, corners)
+        return Seen(frame, self._num_frames - 1, self._preprocess, gray, tracks, decision)
 
-    def _decide(self, frame: Frame, gray: np.ndarray, tracks: Tracks) -> tuple[Gate, Corners | None]:
-        """What becomes of the frame; a keyframe comes with its corners, and without corners there is none."""
+    def _decide(self, frame: Frame, gray: np.ndarray, tracks: Tracks) -> Gate:
+        """What becomes of the frame; one without corners is no keyframe."""
         newest = self._keyframes.get(self._next_keyframe - 1)
         decision = Gate.KEYFRAME  # the first frame of a segment
         if newest is not None and newest.segment == self._segment:
@@ -313,11 +322,12 @@ class Reconstructor:
                     decision = Gate.SUPPORT
                 elif not is_soon and isinstance(next(reversed(self._sparse.values())), Support):
                     decision = Gate.KEYFRAME  # one that has waited
-        if decision is not Gate.KEYFRAME:
-            return decision, None
-        corners = describe(gray, frame.camera, self.config.loops.corners)
-        is_blank = len(corners.uv) < self.config.window.min_features
-        return (Gate.MOVING, None) if is_blank and self._num_frames else (decision, corners)
+        few = self.config.window.min_features
+        is_blank = len(tracks.ids) < few and self._num_frames > 0 and len(self._describe(frame, gray).uv) < few
+        return Gate.MOVING if decision is Gate.KEYFRAME and is_blank else decision
+
+    def _describe(self, frame: Frame, gray: np.ndarray) -> Corners:
+        return describe(gray, frame.camera, self.config.loops.corners)
 
     def _open_camera(self, frame: Frame) -> None:
         """The first frame decides about image size and intrinsics."""
@@ -360,7 +370,7 @@ class Reconstructor:
             rgb=seen.network.rgb,
             metric_depth=seen.network.depth,
             T_odom_base=seen.frame.T_odom_base,
-            corners=seen.corners,
+            corners=self._beside.submit(self._describe, seen.frame, seen.gray),
             segment=self._segment,
         )
         if keyframe.id:
@@ -653,7 +663,7 @@ class Reconstructor:
 
     def _recognise(self, seen: Seen) -> Sighting | None:
         assert self._preprocess is not None
-        corners = seen.corners or describe(seen.gray, seen.frame.camera, self.config.loops.corners)
+        corners = self._describe(seen.frame, seen.gray)
         if not len(self._places) or len(corners.uv) < self.config.window.min_features:
             return None
         solution = self._solver.query(seen.network.rgb, [])
@@ -759,14 +769,12 @@ class Reconstructor:
         refined = self._refine(job, views, T_world_camera)
         yield (START_NS if self._scout is not None else ADJUST_NS) * len(views)
         self._join_window(job, T_world_camera, views, refined() if refined is not None else None)
-        deeper = self._deepen(job.new, job.keyframes)
+        finished = self._examine(job, solution)
         yield DENSE_NS * len(job.new)
-        for keyframe in job.new:
+        for keyframe, examined in zip(job.new, finished, strict=True):
             if keyframe is not job.new[0]:
                 yield 0
-            if keyframe.id in deeper:
-                keyframe.dense = deeper[keyframe.id].result()
-            self._finish_keyframe(job, keyframe, solution)
+            self._finish_keyframe(job, keyframe, examined.result())
 
     def _join_window(
         self, job: Job, T_world_camera: np.ndarray, views: Sequence[Keyframe | Support], refined: RefinedWindow | None
@@ -784,21 +792,24 @@ class Reconstructor:
         self._solver.commit(job.keyframes)
         job.is_joined = True
 
-    def _finish_keyframe(self, job: Job, keyframe: Keyframe, solution: Solution) -> None:
+    def _finish_keyframe(self, job: Job, keyframe: Keyframe, examined: Examined) -> None:
         """Points, scale, place and loops of one new keyframe."""
-        self._points.set(keyframe.id, self._points_of(keyframe, job.keyframes))
+        keyframe.dense, keyframe.corners = examined.dense, None
+        self._points.set(keyframe.id, examined.points)
         self._measure_scale(keyframe)
         is_first = keyframe is job.new[0]
-        descriptor = solution.descriptors[job.keyframes.index(keyframe)]
-        self._remember(keyframe, descriptor, job.link.sigma if job.link is not None and is_first else 0.0)
+        self._remember(keyframe, examined, job.link.sigma if job.link is not None and is_first else 0.0)
 
     def _finish_window(self, job: Job) -> None:
         """All keyframes are in the map: what follows from the whole."""
         solution = job.solution
         assert solution is not None
         if solution.gauge is Gauge.METRIC:
-            log_scale, sigma = (job.link.log_scale, job.link.sigma) if job.link else (float(np.log(job.scale)), 0.0)
-            self._add_scale(from_model(job.new[-1], log_scale, sigma))
+            newest, said = job.new[-1], solution.depth[-1].ravel()
+            assert newest.dense is not None
+            log_scale = robust_log_ratio(newest.dense.depth.ravel(), said, newest.dense.confidence.ravel())
+            if log_scale is not None:
+                self._add_scale(from_model(newest, log_scale, job.link.sigma if job.link is not None else 0.0))
         self._loops.forget_places(self._keyframes)
         if self._loops.is_due:
             self._loops.submit({k.id: k.S_map_keyframe for k in self._keyframes.values() if k.is_solved})
@@ -898,42 +909,50 @@ class Reconstructor:
                 view.dense = replace(view.dense, depth=(factor * view.dense.depth).astype(np.float32), K=K)
         self._follow(refiner, first)
 
-    def _deepen(self, keyframes: Sequence[Keyframe], window: Sequence[Keyframe]) -> dict[int, Future[DepthMap]]:
-        """Dense depth of keyframes from the flow to the others of their window, beside the stream; by id."""
-        if self._refiner is None or not self.config.refine.dense:
-            return {}
+    def _examine(self, job: Job, solution: Solution) -> list[Future[Examined]]:
+        """Look closer at the new keyframes of a joined window, beside the stream."""
+        assert self._preprocess is not None
+        window, config, resize = job.keyframes, self.config, self._preprocess.resize
         rates = turn_rates(np.stack([k.T_world_camera for k in window]), np.array([k.stamp_ns for k in window]))
         sigmas = 0.5 * TIMING_SIGMA * rates  # half of the doubt about the instant is common to all frames
-        views = {k.id: _dense_view(k, sigma) for k, sigma in zip(window, sigmas, strict=True)}
-        return {
-            k.id: self._beside.submit(_deepened, k.dense, views[k.id], [v for i, v in views.items() if i != k.id])
-            for k in keyframes
-            if k.dense is not None
-        }
+        is_deepened = self._refiner is not None and config.refine.dense
+        views = [_dense_view(k, sigma) for k, sigma in zip(window, sigmas, strict=True)] if is_deepened else []
+
+        def examine(keyframe: Keyframe, descriptor: np.ndarray, candidates: Sequence[Place]) -> Examined:
+            dense, rgb, corners = keyframe.dense, keyframe.rgb, keyframe.corners
+            assert dense is not None
+            assert rgb is not None
+            assert corners is not None
+            if views:
+                own = window.index(keyframe)
+                dense = _deepened(dense, views[own], views[:own] + views[own + 1 :])
+            baseline = _baseline(keyframe, window)
+            points = keyframe_points(dense.depth, dense.confidence, rgb, dense.K, baseline, config.map)
+            place = make_place(keyframe.id, descriptor, corners.result(), dense, dense.K, resize, PLACE_CONFIDENCE)
+            seen = (recognise(place, candidate, config.loops) for candidate in candidates)
+            return Examined(dense, points, place, [sighting for sighting in seen if sighting is not None])
+
+        futures = []
+        for keyframe, descriptor in zip(job.new, solution.descriptors[len(window) - len(job.new) :], strict=True):
+            candidates = self._loops.candidates(keyframe.id, descriptor, self._unconnected_from)
+            futures.append(self._beside.submit(examine, keyframe, descriptor, candidates))
+        return futures
 
     # -- places and loops ----------------------------------------------------------------------------------------
 
-    def _remember(self, keyframe: Keyframe, descriptor: np.ndarray, link_sigma: float) -> None:
-        """Make a place of a new keyframe, join it to the pose graph and look for loops.
+    def _remember(self, keyframe: Keyframe, examined: Examined, link_sigma: float) -> None:
+        """Make a place of a new keyframe, join it to the pose graph and close loops.
 
         ``link_sigma``: of log scale, of the link between its window and the one before; 0 inside a window.
         """
-        assert self._preprocess is not None
-        dense, corners = keyframe.dense, keyframe.corners
-        assert dense is not None
-        assert corners is not None
-        keyframe.median_depth = float(np.median(dense.depth))
-        resize = self._preprocess.resize
-        keyframe.place = make_place(keyframe.id, descriptor, corners, dense, dense.K, resize, PLACE_CONFIDENCE)
-        keyframe.corners = None
+        keyframe.median_depth = float(np.median(examined.dense.depth))
         keyframe.is_solved = True
         self._step(keyframe, link_sigma)
-        if self.config.loops.enabled:
-            loop = self._loops.search(keyframe, self._keyframes, self._unconnected_from)
-            if loop is not None and self._unconnected_from is not None:
-                self._connect(loop)
+        loop = self._loops.judge(keyframe, examined.sightings, self._keyframes, self._unconnected_from)
+        if loop is not None and self._unconnected_from is not None:
+            self._connect(loop)
         self._tie(keyframe)
-        keyframe.place = self._places.add(keyframe.place)
+        keyframe.place = self._places.add(examined.place)
 
     def _step(self, keyframe: Keyframe, link_sigma: float) -> None:
         """Join a new keyframe to the one before it; ``link_sigma``: of log scale, of the link between their windows."""
@@ -1018,13 +1037,6 @@ class Reconstructor:
         ratios = [self._scout.depth_ratio(k.frame_index, p) for k, p in zip(keyframes, priors, strict=True)]
         known = [ratio for ratio in ratios if ratio is not None]
         return float(np.median(known)) if known else 1.0
-
-    def _points_of(self, keyframe: Keyframe, window: Sequence[Keyframe]) -> KeyframePoints:
-        dense, rgb = keyframe.dense, keyframe.rgb
-        assert dense is not None
-        assert rgb is not None
-        baseline = _baseline(keyframe, window)
-        return keyframe_points(dense.depth, dense.confidence, rgb, dense.K, baseline, self.config.map)
 
     def _report(self, num_frames: int, link: Link | None, seconds: float) -> WindowReport:
         context = self._solver.context

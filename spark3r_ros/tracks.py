@@ -32,6 +32,7 @@ _CORNERS, _CORNERS_SCALE = 500, 0.5  # that guide from a keyframe: how many, in 
 _GUIDES = 3  # nearest matches that say how a point has moved
 _NEIGHBOURS = 5  # nearest points that say whether it has
 _ALIKE = 0.0125  # of the image's width, that its motion may differ from theirs
+_SETTLING_LEVELS = 0  # and where it is known to a pixel or two
 _STOP = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 20, 0.02)
 _FORWARD_BACKWARD_PX = 0.8
 _SETTLE_PX = 2.0  # a point that its keyframe patch moves further than this is kept where the chain left it
@@ -277,7 +278,7 @@ class FeatureTracker:
         _, here, there = np.intersect1d(self._ids, last.ids, assume_unique=True, return_indices=True)
         if len(here) == 0:
             return
-        uv, good = _flow(last.gray, gray, last.uv[there], self._uv[here], _GUIDED_LEVELS)
+        uv, good = _flow(last.gray, gray, last.uv[there], self._uv[here], _SETTLING_LEVELS)
         good &= np.linalg.norm(uv - self._uv[here], axis=1) < _SETTLE_PX
         self._uv = self._uv.copy()
         self._uv[here[good]] = uv[good]
@@ -328,17 +329,16 @@ class FeatureTracker:
         v, u = np.nonzero(peak & (mask > 0) & (response > floor))
         order = np.argsort(-response[v, u], kind="stable")
         v, u = v[order], u[order]
-        quota = self._cell_quota(width, height, wanted)
+        columns, rows = _GRID
+        cells = (v * rows // height) * columns + u * columns // width
+        quota = self._cell_quota(width, height, wanted).tolist()
         chosen: list[tuple[int, int]] = []
         taken = mask == 0
-        columns, rows = _GRID
-        for x, y in zip(u.tolist(), v.tolist()):
-            cell = (y * rows // height) * columns + x * columns // width
-            if quota[cell] <= 0 or taken[y, x]:
-                continue
-            quota[cell] -= 1
-            chosen.append((x, y))
-            taken[max(0, y - distance) : y + distance + 1, max(0, x - distance) : x + distance + 1] = True
+        for x, y, cell in zip(u.tolist(), v.tolist(), cells.tolist()):
+            if quota[cell] > 0 and not taken[y, x]:
+                quota[cell] -= 1
+                chosen.append((x, y))
+                taken[max(0, y - distance) : y + distance + 1, max(0, x - distance) : x + distance + 1] = True
         return np.array(chosen, dtype=float).reshape(-1, 2)
 
     def _cell_quota(self, width: int, height: int, wanted: float) -> np.ndarray:

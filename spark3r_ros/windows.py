@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -83,7 +84,7 @@ class Keyframe:
     num_inliers: int | None = None  # tracked points that tie it to the sparse map; None: none was asked
     is_solved: bool = False  # has had its window, and so is a node of the pose graph
     place: Place | None = None  # how it looks; None: not solved yet, or forgotten
-    corners: Corners | None = None  # what place is made from once there is depth
+    corners: Future[Corners] | None = None  # what place is made from once there is depth
     metric_depth: np.ndarray | None = None  # [h, w] float32 metres, NaN unknown: a source of scale
     T_odom_base: np.ndarray | None = None  # [4, 4] metres: a source of scale
 

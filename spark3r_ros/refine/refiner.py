@@ -504,10 +504,13 @@ class Refiner:
         excess = len(self._keyframes) - self._config.max_keyframes
         if excess <= 0:
             return
-        for keyframe_id in sorted(self._keyframes)[:excess]:
-            del self._keyframes[keyframe_id], self._motion[keyframe_id]
-        seen = np.unique(np.concatenate([k.ids for k in self._keyframes.values()]))
-        self._table.select(among(self._table.ids, seen))
+        gone = [self._keyframes.pop(keyframe_id) for keyframe_id in sorted(self._keyframes)[:excess]]
+        unseen = np.unique(np.concatenate([k.ids for k in gone]))
+        for keyframe in self._keyframes.values():
+            unseen = unseen[~among(unseen, keyframe.ids)]
+        self._table.drop(unseen)
+        for keyframe in gone:
+            del self._motion[keyframe.id]
 
     def _typical_depth(self, keyframe: Keyframe | None = None) -> float:
         """Median depth of the points that a keyframe (the last one) sees; 1 without any."""

@@ -18,7 +18,7 @@ from spark3r_ros.preprocess import Resize
 from training.paths import camera_path
 from training.scenes import Scene, camera_matrix
 
-WIDTH, HEIGHT = 160, 120
+SMALL, LARGE = (160, 120), (320, 240)  # width and height of images
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,14 +31,21 @@ class Stream:
     K: np.ndarray  # [3, 3]
 
 
-def render(poses: np.ndarray, seed: int = 3, layout: str = "room", fps: float = 10.0, camera: bool = True) -> Stream:
+def render(
+    poses: np.ndarray,
+    seed: int = 3,
+    layout: str = "room",
+    fps: float = 10.0,
+    camera: bool = True,
+    size: tuple[int, int] = SMALL,
+) -> Stream:
     """Render a stream along T_world_camera [N, 4, 4]."""
     scene = Scene(seed, layout)
-    K = camera_matrix(WIDTH, HEIGHT, 65.0)
-    model = CameraModel(WIDTH, HEIGHT, K) if camera else None
+    K = camera_matrix(*size, 65.0)
+    model = CameraModel(*size, K) if camera else None
     frames, depths = [], []
     for i, T in enumerate(poses):
-        rgb, depth = scene.render(T, K, WIDTH, HEIGHT)
+        rgb, depth = scene.render(T, K, *size)
         frames.append(Frame(round(i / fps * 1e9), rgb, "camera", model))
         depths.append(depth)
     return Stream(frames, np.asarray(poses), np.stack(depths), K)

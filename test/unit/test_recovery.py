@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import oracle
 import pytest
-from oracle import Oracle, Stream, render
+from oracle import LARGE, Oracle, Stream, render
 
 from spark3r_ros.config import Config, WindowConfig, with_values
 from spark3r_ros.frame import TrackingState
@@ -32,11 +31,8 @@ def at(stream: Stream, rows, blank=()) -> Stream:
 
 
 @pytest.fixture(scope="module")
-def stream(request):
-    size = oracle.WIDTH, oracle.HEIGHT
-    oracle.WIDTH, oracle.HEIGHT = 320, 240
-    yield render(camera_path("orbit", 50, 3, 0.25), 3)
-    oracle.WIDTH, oracle.HEIGHT = size
+def stream():
+    return render(camera_path("orbit", 50, 3, 0.25), 3, size=LARGE)
 
 
 class Blinking(Oracle):
@@ -80,10 +76,7 @@ def test_a_blackout_is_noticed_and_the_place_found_again(stream):
 
 
 def test_a_kidnapped_camera_that_sees_nothing_known_goes_on_without_confidence(stream):
-    size = oracle.WIDTH, oracle.HEIGHT
-    oracle.WIDTH, oracle.HEIGHT = 320, 240
-    other = render(camera_path("handheld", 40, 5, 1.0), 8)
-    oracle.WIDTH, oracle.HEIGHT = size
+    other = render(camera_path("handheld", 40, 5, 1.0), 8, size=LARGE)
     frames = [*at(stream, list(range(42)), set(range(34, 42))).frames]
     frames += [dataclasses.replace(f, stamp_ns=(42 + i) * 10**8) for i, f in enumerate(other.frames)]
     both = dataclasses.replace(
