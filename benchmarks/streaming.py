@@ -186,7 +186,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no scale prior": {"alignment.scale_prior": False},
     "overlap 1": {"window.overlap": 1},
     "overlap 2": {"window.overlap": 2},
-    "overlap 4": {"window.overlap": 4},
+    "overlap 3": {"window.overlap": 3},
     "overlap 5": {"window.overlap": 5},
     "overlap 6": {"window.overlap": 6},
     "window 12": {"window.size": 12},
@@ -201,7 +201,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "refine off, no scale prior": {"refine.mode": "off", "alignment.scale_prior": False},
     "refine off, context 4 frames": {"refine.mode": "off", "context.frames": 4},
     "refine off, no loops": {"refine.mode": "off", "loops.enabled": False},
-    **{f"refine off, overlap {n}": {"refine.mode": "off", "window.overlap": n} for n in (1, 2, 4, 5, 6)},
+    **{f"refine off, overlap {n}": {"refine.mode": "off", "window.overlap": n} for n in (1, 2, 3, 5, 6)},
 }
 
 
