@@ -322,13 +322,17 @@ class Busy(Reconstructor):
 class Timed(Reconstructor):
     """Notes the processor time of each tracked frame, of each window's way into the map and of the network in both.
 
-    Time is that of the thread that does the work: the network solves windows in one of its own.
+    Time is that of the thread that does the work: much of a window's is done in one of its own.
     """
+
+    def __init__(self, config: Config, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        self._beside.submit = functools.partial(self._beside.submit, self._aside)  # type: ignore[method-assign]
 
     def reset(self) -> None:
         super().reset()
         self.times: dict[str, list[float]] = {"frame": [], "window": [], "query": [], "solve": []}
-        self._spent = 0.0
+        self._spent: list[float] = []  # for the oldest window on its way, the network aside
 
     def _open_camera(self, frame: Frame) -> None:
         super()._open_camera(frame)
@@ -336,14 +340,21 @@ class Timed(Reconstructor):
         self._solver.solve = self._timed("solve", self._solver.solve)  # type: ignore[method-assign]
         self._track = self._timed("frame", self._track)  # type: ignore[method-assign]
 
+    def _aside(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        started = time.thread_time()
+        result = call(*arguments)
+        if call is not self._solver.solve:
+            self._spent.append(time.thread_time() - started)
+        return result
+
     def _advance(self, job: Job, stamp_ns: int) -> None:
         started = time.thread_time()
         super()._advance(job, stamp_ns)
-        self._spent += time.thread_time() - started
+        self._spent.append(time.thread_time() - started)
         if job not in self._jobs:
             solve = self.times["solve"][len(self.times["window"])]  # the next one may have been solved already
-            self.times["window"].append(self._spent + solve)
-            self._spent = 0.0
+            spent, self._spent = self._spent, []
+            self.times["window"].append(sum(spent) + solve)
 
     def _timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:
