@@ -144,17 +144,10 @@ class LoopCloser:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loops")
         self._running: Future[dict[int, np.ndarray]] | None = None
 
-    def candidates(self, query: int, descriptor: np.ndarray, unconnected_from: int | None) -> Sequence[Place]:
-        """Old places that look like this keyframe, most alike first.
-
-        Args:
-            query: its number.
-            descriptor: [C], of the whole image.
-            unconnected_from: see ``judge``.
-        """
+    def candidates(self, descriptor: np.ndarray, before: int) -> Sequence[Place]:
+        """Places of keyframes ``before`` this number that look like an image with ``descriptor`` [C], best first."""
         if not self.config.enabled:
             return []
-        before = query - self.config.min_gap if unconnected_from is None else unconnected_from
         return self.places.similar(descriptor, self.config.candidates, self.SPACING, before)
 
     def judge(
@@ -249,6 +242,11 @@ class LoopCloser:
     def is_due(self) -> bool:
         """Whether the graph should be solved now."""
         return self._running is None and self._unsolved > 0 and (self._urgent or self._unsolved >= self.ENOUGH)
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether a loop has been taken that keyframes do not agree with yet."""
+        return self._urgent
 
     @property
     def is_running(self) -> bool:

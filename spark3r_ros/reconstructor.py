@@ -81,6 +81,7 @@ RETRACKED = 2  # frames of the scout that are placed again with each later one t
 PIECE_NS = 100_000_000  # of a window's further way into the map, one piece is done per so much time between frames
 NEAR_FLOW = 0.008  # share of the image's width that points have moved by where a camera is still near its origin
 NEAR_FRAMES = 30  # of these that are kept for the scout, and placed better later
+FOUND_SCALE_SIGMA = 0.1  # of log scale, where one sighting of a place is all that tells it
 SIGHTED_SIGMA = 0.01  # rad and share of the scene's distance, of a pose from recognised corners
 PLACE_CONFIDENCE = 0.2  # of depths that places keep: outliers are found when places are matched
 
@@ -193,10 +194,11 @@ class Reconstructor:
         self._start_views: list[tuple[Keyframe, Tracks]] = []  # keyframes from before that, with their points
         self._last_stamp_ns = -(2**63)
         self._next_keyframe = 0
-        self._segment = 0
+        self._segment, self._segment_from = 0, 0  # and its first keyframe
         self._unconnected_from: int | None = None  # first keyframe of a segment that no sighting ties to the map
         self._sightings: dict[int, Sighting] = {}  # by keyframe: what a camera that was lost has recognised
         self._recovering = False  # found, but no window is solved yet
+        self._found: np.ndarray | None = None  # [3] world: where, while no loop has told the segment's scale
         self._watch = Watch(self.config.window)
         self._num_frames = 0
         self._num_windows = 0
@@ -634,7 +636,8 @@ class Reconstructor:
         self._complete()
         self._state = TrackingState.LOST
         self._recovering = False
-        self._segment += 1
+        self._segment, self._segment_from = self._segment + 1, self._next_keyframe
+        self._found = None
         self._sightings.clear()
         for keyframe in self._window.clear():
             keyframe.retire()
@@ -831,6 +834,8 @@ class Reconstructor:
         self._state = TrackingState.TRACKING if len(keyframes) > 1 else TrackingState.INITIALISING
         self._recovering = False
         self._sightings.clear()
+        if found:
+            self._found = keyframes[0].T_world_camera[:3, 3]
         if self._watch.window(link is None or link.accepted or self._refiner is not None):
             self._lose()
 
@@ -934,11 +939,17 @@ class Reconstructor:
 
         futures = []
         for keyframe, descriptor in zip(job.new, solution.descriptors[len(window) - len(job.new) :], strict=True):
-            candidates = self._loops.candidates(keyframe.id, descriptor, self._unconnected_from)
+            candidates = self._loops.candidates(descriptor, self._old_before(keyframe))
             futures.append(self._beside.submit(examine, keyframe, descriptor, candidates))
         return futures
 
     # -- places and loops ----------------------------------------------------------------------------------------
+
+    def _old_before(self, keyframe: Keyframe) -> int:
+        """Number of a keyframe before which a sighting of a place tells something new."""
+        if self._unconnected_from is not None:
+            return self._unconnected_from
+        return max(keyframe.id - self.config.loops.min_gap, self._segment_from)
 
     def _remember(self, keyframe: Keyframe, examined: Examined, link_sigma: float) -> None:
         """Make a place of a new keyframe, join it to the pose graph and close loops.
@@ -951,6 +962,8 @@ class Reconstructor:
         loop = self._loops.judge(keyframe, examined.sightings, self._keyframes, self._unconnected_from)
         if loop is not None and self._unconnected_from is not None:
             self._connect(loop)
+        elif loop is not None and not self._loops.is_urgent:  # the scale is confirmed
+            self._found = None
         self._tie(keyframe)
         keyframe.place = self._places.add(examined.place)
 
@@ -1004,6 +1017,7 @@ class Reconstructor:
         for number in range(last.id + 1, self._next_keyframe):
             self._move(self._keyframes[number], self._keyframes[number].T_world_camera)
         self._scale_filter.restart({k.id: k.scale for k in self._keyframes.values()})
+        self._found = None
         self._corrections += 1
 
     def _measure_scale(self, keyframe: Keyframe) -> None:
@@ -1076,12 +1090,20 @@ class Reconstructor:
         """What is given out for the frame placed last."""
         T_map_camera = self._refresh_odom()
         to_output = np.diag([self._unit] * 3 + [1.0] * 3)
-        cov = to_output @ estimate.covariance @ to_output
+        cov = to_output @ (estimate.covariance + self._scale_doubt(estimate)) @ to_output
         if self._state is TrackingState.LOST or self._unconnected_from is not None:
             cov = np.eye(6) * LOST_SIGMA**2  # not where it is in the map, though its motion may be well known
         return FramePose(
             seen.frame.stamp_ns, seen.frame.frame_id, self._T_odom_camera, T_map_camera, cov, self._state, is_keyframe
         )
+
+    def _scale_doubt(self, estimate: Estimate) -> np.ndarray:
+        """Covariance [6, 6] of a found camera's way: its scale is that of one sighting until a loop tells it."""
+        doubt = np.zeros(6)
+        if self._found is not None:
+            T = estimate.T_world_camera
+            doubt[:3] = FOUND_SCALE_SIGMA * T[:3, :3].T @ (T[:3, 3] - self._found)
+        return np.outer(doubt, doubt)
 
     def _refresh_odom(self) -> np.ndarray:
         """Let map -> odom take whatever the map's corrections moved; T_map_camera [4, 4] of the last frame."""
@@ -1196,7 +1218,7 @@ class Reconstructor:
         self._loops.edges.extend(saved.edges)
         self._scale_filter.resume(saved.scale)
         self._next_keyframe = max(self._keyframes, default=-1) + 1
-        self._segment = 1
+        self._segment, self._segment_from = 1, self._next_keyframe
         self._corrections += 1
         if self._keyframes:
             self._state = TrackingState.LOST

@@ -75,6 +75,22 @@ def test_a_blackout_is_noticed_and_the_place_found_again(stream):
     assert all(np.isfinite(p.T_odom_camera).all() for p in poses)
 
 
+def test_a_found_camera_doubts_its_scale_until_a_loop_tells_it(stream):
+    """Its first keyframes have just left the places that it sees again; they belong to another segment."""
+    rows = [*range(50), *[49] * 12, *range(49, 0, -1)]
+    covered = at(stream, rows, set(range(50, 62)))
+    sigmas = []
+    for has_loops in (False, True):
+        reconstructor = make(covered, **{"loops.enabled": has_loops, "window.first_size": 2})
+        _, poses = run(covered, reconstructor)
+        assert (reconstructor.status()["loops"] > 0) is has_loops
+        sigmas.append([np.sqrt(np.trace(p.covariance[:3, :3])) for p in poses])
+    travelled = np.linalg.norm(covered.T_world_camera[-1, :3, 3] - covered.T_world_camera[70, :3, 3]) * 0.5
+    assert sigmas[0][-1] > 0.08 * travelled
+    assert sigmas[0][75] == pytest.approx(sigmas[1][75])
+    assert sigmas[1][-1] < 0.6 * sigmas[0][-1]
+
+
 def test_a_kidnapped_camera_that_sees_nothing_known_goes_on_without_confidence(stream):
     other = render(camera_path("handheld", 40, 5, 1.0), 8, size=LARGE)
     frames = [*at(stream, list(range(42)), set(range(34, 42))).frames]
