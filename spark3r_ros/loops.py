@@ -144,11 +144,17 @@ class LoopCloser:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loops")
         self._running: Future[dict[int, np.ndarray]] | None = None
 
-    def candidates(self, descriptor: np.ndarray, before: int) -> Sequence[Place]:
-        """Places of keyframes ``before`` this number that look like an image with ``descriptor`` [C], best first."""
-        if not self.config.enabled:
+    def candidates(self, query: int, descriptor: np.ndarray, before: int) -> Sequence[Place]:
+        """Places of keyframes ``before`` this number that look like the keyframe ``query``, best first.
+
+        ``descriptor``: [C] of its image. None so soon after a loop that ``judge`` would not take another.
+        """
+        if not self.config.enabled or self._is_soon(query):
             return []
         return self.places.similar(descriptor, self.config.candidates, self.SPACING, before)
+
+    def _is_soon(self, query: int) -> bool:
+        return query - self._last_loop < self.SPACING
 
     def judge(
         self,
@@ -166,7 +172,7 @@ class LoopCloser:
             unconnected_from: first keyframe of a segment that hangs on nothing: a sight of anything older says where it
                 is, so there is no drift that could be implausible.
         """
-        if query.id - self._last_loop < self.SPACING:
+        if self._is_soon(query.id):
             return None
         for seen in sorted(sightings, key=lambda s: -s.num_inliers):
             first = keyframes[seen.place.keyframe_id]

@@ -921,6 +921,7 @@ class Reconstructor:
         rates = turn_rates(np.stack([k.T_world_camera for k in window]), np.array([k.stamp_ns for k in window]))
         sigmas = 0.5 * TIMING_SIGMA * rates  # half of the doubt about the instant is common to all frames
         is_deepened = self._refiner is not None and config.refine.dense
+        seen: list[int] = []  # keyframes that have seen old places: enough for those right behind them
         views = [_dense_view(k, sigma) for k, sigma in zip(window, sigmas, strict=True)] if is_deepened else []
 
         def examine(keyframe: Keyframe, descriptor: np.ndarray, candidates: Sequence[Place]) -> Examined:
@@ -934,12 +935,16 @@ class Reconstructor:
             baseline = _baseline(keyframe, window)
             points = keyframe_points(dense.depth, dense.confidence, rgb, dense.K, baseline, config.map)
             place = make_place(keyframe.id, descriptor, corners.result(), dense, dense.K, resize, PLACE_CONFIDENCE)
-            seen = (recognise(place, candidate, config.loops) for candidate in candidates)
-            return Examined(dense, points, place, [sighting for sighting in seen if sighting is not None])
+            if any(keyframe.id - number < LoopCloser.SPACING for number in seen):
+                return Examined(dense, points, place, [])
+            sightings = [s for s in (recognise(place, old, config.loops) for old in candidates) if s is not None]
+            if sightings:
+                seen.append(keyframe.id)
+            return Examined(dense, points, place, sightings)
 
         futures = []
         for keyframe, descriptor in zip(job.new, solution.descriptors[len(window) - len(job.new) :], strict=True):
-            candidates = self._loops.candidates(descriptor, self._old_before(keyframe))
+            candidates = self._loops.candidates(keyframe.id, descriptor, self._old_before(keyframe))
             futures.append(self._beside.submit(examine, keyframe, descriptor, candidates))
         return futures
 
