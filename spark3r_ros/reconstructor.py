@@ -924,7 +924,9 @@ class Reconstructor:
         seen: list[int] = []  # keyframes that have seen old places: enough for those right behind them
         views = [_dense_view(k, sigma) for k, sigma in zip(window, sigmas, strict=True)] if is_deepened else []
 
-        def examine(keyframe: Keyframe, descriptor: np.ndarray, candidates: Sequence[Place]) -> Examined:
+        def examine(
+            keyframe: Keyframe, baseline: float, descriptor: np.ndarray, candidates: Sequence[Place]
+        ) -> Examined:
             dense, rgb, corners = keyframe.dense, keyframe.rgb, keyframe.corners
             assert dense is not None
             assert rgb is not None
@@ -932,7 +934,6 @@ class Reconstructor:
             if views:
                 own = window.index(keyframe)
                 dense = _deepened(dense, views[own], views[:own] + views[own + 1 :])
-            baseline = _baseline(keyframe, window)
             points = keyframe_points(dense.depth, dense.confidence, rgb, dense.K, baseline, config.map)
             place = make_place(keyframe.id, descriptor, corners.result(), dense, dense.K, resize, PLACE_CONFIDENCE)
             if any(keyframe.id - number < LoopCloser.SPACING for number in seen):
@@ -945,7 +946,8 @@ class Reconstructor:
         futures = []
         for keyframe, descriptor in zip(job.new, solution.descriptors[len(window) - len(job.new) :], strict=True):
             candidates = self._loops.candidates(keyframe.id, descriptor, self._old_before(keyframe))
-            futures.append(self._beside.submit(examine, keyframe, descriptor, candidates))
+            baseline = _baseline(keyframe, window)  # now: the stream may move keyframes meanwhile
+            futures.append(self._beside.submit(examine, keyframe, baseline, descriptor, candidates))
         return futures
 
     # -- places and loops ----------------------------------------------------------------------------------------
