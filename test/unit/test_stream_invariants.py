@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from spark3r_ros import reconstructor as reconstructor_module
 from spark3r_ros.backbone import load_backbone
 from spark3r_ros.config import Config, with_values
 from spark3r_ros.frame import CameraModel, Frame, FramePose, TrackingState
@@ -189,15 +190,16 @@ class Slow:
 
 
 def test_how_fast_the_network_is_changes_nothing(images, backbone, monkeypatch):
-    """Windows are solved and adjusted beside the stream; when they join the map is decided by stamps, not by the
-    clock.
+    """Windows are solved, adjusted and looked at beside the stream; when they join the map is decided by stamps, not
+    by the clock.
     """
     config = with_values(Config(), {"window.keyframe_flow": 0.02, "refine.mode": "on"})
     frames = as_frames([*images, *images[-2:20:-1]])
     results = []
-    adjust = PendingWindow.adjust
+    adjust, deepen = PendingWindow.adjust, reconstructor_module.dense_depth
     for network, seconds in ((backbone, 0.0), (Slow(backbone, 0.3), 0.2)):
         monkeypatch.setattr(PendingWindow, "adjust", lambda pending, s=seconds: time.sleep(s) or adjust(pending))
+        monkeypatch.setattr(reconstructor_module, "dense_depth", lambda *a, s=seconds: time.sleep(s) or deepen(*a))
         reconstructor = Reconstructor(config, network)
         updates = [reconstructor.push(f) for f in frames]
         last = reconstructor.finish()
