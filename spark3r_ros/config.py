@@ -104,7 +104,9 @@ class WindowConfig(_Group):
         0.03, "keyframe_flow until the first window is solved, and first_seconds is max_keyframe_interval until then, "
         "where they are smaller", ge=0.0, le=1.0,
     )  # fmt: skip
-    min_features: int = param(30, "a frame with fewer corners is blank: never a keyframe", ge=0, le=10000)
+    min_features: int = param(
+        30, "a frame with fewer followed points and fewer corners is blank: never a keyframe", ge=0, le=10000
+    )
     lost_confidence: float = param(0.15, "poses below this confidence are bad", ge=0.0, le=1.0)
     lost_overlap: float = param(
         0.1, "a frame that shares less than this share of the last keyframe's features, and that the sparse map does "

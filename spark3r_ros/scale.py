@@ -226,5 +226,5 @@ class OdometrySource:
 
 
 def from_model(keyframe: Keyframe, log_scale: float, sigma: float) -> Measurement:
-    """A metric network: ``log_scale`` is that of world units per metre, as alignment found it."""
+    """A metric network: ``log_scale`` is that of world units per metre of its depth."""
     return Measurement(-log_scale, float(np.hypot(MODEL_SIGMA, sigma)), "model", keyframe.id)

@@ -27,12 +27,12 @@ from spark3r_ros.matching import hamming, mutual_best
 _WINDOW = (17, 17)
 _LEVELS = 4  # of the pyramid above the image itself, where nothing says where to look
 _GUIDED_LEVELS = 1  # where something does: more only find what looks alike
+_SETTLING_LEVELS = 0  # and where it is known to a pixel or two
 _THUMBNAIL = (80, 60)  # pixels: for dense flow
 _CORNERS, _CORNERS_SCALE = 500, 0.5  # that guide from a keyframe: how many, in an image of which size
 _GUIDES = 3  # nearest matches that say how a point has moved
 _NEIGHBOURS = 5  # nearest points that say whether it has
 _ALIKE = 0.0125  # of the image's width, that its motion may differ from theirs
-_SETTLING_LEVELS = 0  # and where it is known to a pixel or two
 _STOP = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 20, 0.02)
 _FORWARD_BACKWARD_PX = 0.8
 _SETTLE_PX = 2.0  # a point that its keyframe patch moves further than this is kept where the chain left it
