@@ -36,6 +36,8 @@ LOOP_TRANSLATION = 0.02  # of the distance of the scene
 LOOP_SCALE = 0.03
 SCALE_PRIOR = 1.0  # of each node's log scale: drift is possible, collapse is not
 ITERATIONS = 30
+ANCHOR_STEP = 5  # keyframes between two anchors, about one window
+ANCHOR_LOOPS = 4  # sightings between the same two anchors that count: the newest
 CAUCHY_WIDTHS = (50.0, 3.0)  # sigmas; wide first, since a true loop looks like an outlier until drift is taken out
 
 
@@ -123,12 +125,12 @@ class LoopCloser:
     keyframes and never by the clock: so results do not depend on how fast the machine is.
     """
 
-    SPACING = 3  # keyframes between two loops
+    SPACING = 3  # keyframes between two places that one is compared with
     SPARE = 50  # one of so many places is forgotten beyond the bound, so that it is seldom that all are compared
     DOUBTFUL = 4.0  # sigmas by which a loop may be off what its steps can have gathered, without another that agrees
     HELD = 20  # of the doubtful, the latest so many may be confirmed
     TOLERATED = 2.0  # sigmas by which a loop may be off before the graph is solved for it
-    ENOUGH = 8  # loops that were in order before the graph is solved for all of them
+    ENOUGH = 24  # loops that were in order before the graph is solved for all of them
 
     def __init__(self, config: LoopConfig, places: PlaceStore) -> None:
         self.config = config
@@ -139,49 +141,41 @@ class LoopCloser:
         self._held: deque[Edge] = deque(maxlen=self.HELD)
         self._unsolved = 0  # loops since the last solution
         self._urgent = False
-        self._last_loop = -(10**9)
         self._optimise = optimiser()  # here, so that loading it does not hold up the stream at the first loop
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loops")
         self._running: Future[dict[int, np.ndarray]] | None = None
 
-    def candidates(self, query: int, descriptor: np.ndarray, before: int) -> Sequence[Place]:
-        """Places of keyframes ``before`` this number that look like the keyframe ``query``, best first.
-
-        ``descriptor``: [C] of its image. None so soon after a loop that ``judge`` would not take another.
-        """
-        if not self.config.enabled or self._is_soon(query):
+    def candidates(self, descriptor: np.ndarray, before: int) -> Sequence[Place]:
+        """Places of keyframes ``before`` this number that look like an image with this descriptor [C], best first."""
+        if not self.config.enabled:
             return []
         return self.places.similar(descriptor, self.config.candidates, self.SPACING, before)
-
-    def _is_soon(self, query: int) -> bool:
-        return query - self._last_loop < self.SPACING
 
     def judge(
         self,
         query: Keyframe,
-        sightings: Sequence[Sighting],
+        seen: Sighting | None,
         keyframes: Mapping[int, Keyframe],
         unconnected_from: int | None,
     ) -> Edge | None:
-        """Add the best believable sight of a new keyframe's ``candidates`` to the graph.
+        """Add what a new keyframe sees of an old place to the graph, if it is believable.
 
         Args:
             query: the new keyframe.
-            sightings: of its candidates, by ``recognise``.
+            seen: the first of its ``candidates`` that it could ``recognise``.
             keyframes: all keyframes.
             unconnected_from: first keyframe of a segment that hangs on nothing: a sight of anything older says where it
                 is, so there is no drift that could be implausible.
         """
-        if self._is_soon(query.id):
+        if seen is None:
             return None
-        for seen in sorted(sightings, key=lambda s: -s.num_inliers):
-            first = keyframes[seen.place.keyframe_id]
-            edge = loop_edge(first.id, query.id, seen.S_place_query, query.median_depth * float(np.exp(seen.log_scale)))
-            tells_scale = np.isfinite(seen.scale_spread)
-            if tells_scale and (unconnected_from is not None or self._is_believed(edge, keyframes)):
-                self._take(edge, keyframes)
-                return edge
-            self.num_refused += 1
+        first = keyframes[seen.place.keyframe_id]
+        loop = loop_edge(first.id, query.id, seen.S_place_query, query.median_depth * float(np.exp(seen.log_scale)))
+        tells_scale = np.isfinite(seen.scale_spread)
+        if tells_scale and (unconnected_from is not None or self._is_believed(loop, keyframes)):
+            self._take(loop, keyframes)
+            return loop
+        self.num_refused += 1
         return None
 
     def _is_believed(self, loop: Edge, keyframes: Mapping[int, Keyframe]) -> bool:
@@ -234,20 +228,24 @@ class LoopCloser:
             return None
         return gathered_drift(np.stack([keyframes[e.second].S_map_keyframe for e in steps]), steps)
 
-    def _take(self, edge: Edge, keyframes: Mapping[int, Keyframe]) -> None:
-        self.edges.append(edge)
+    def _take(self, loop: Edge, keyframes: Mapping[int, Keyframe]) -> None:
+        self.edges.append(loop)
         self.num_loops += 1
         self._unsolved += 1
-        self._last_loop = edge.second
-        off = _drift(edge, keyframes[edge.first].S_map_keyframe, keyframes[edge.second].S_map_keyframe)
-        whitened = np.abs(_log(off[None])[0]) / np.sqrt(_variances([edge])[0])
+        off = _drift(loop, keyframes[loop.first].S_map_keyframe, keyframes[loop.second].S_map_keyframe)
+        whitened = np.abs(_log(off[None])[0]) / np.sqrt(_variances([loop])[0])
         self._urgent |= bool(whitened.max() > self.TOLERATED)
-        logger.info("loop %d-%d, %.1f sigma off", edge.first, edge.second, whitened.max())
+        logger.info("loop %d-%d, %.1f sigma off", loop.first, loop.second, whitened.max())
+
+    @property
+    def is_unsolved(self) -> bool:
+        """Whether there are loops that no solution knows of, and none is being computed."""
+        return self._running is None and self._unsolved > 0
 
     @property
     def is_due(self) -> bool:
         """Whether the graph should be solved now."""
-        return self._running is None and self._unsolved > 0 and (self._urgent or self._unsolved >= self.ENOUGH)
+        return self.is_unsolved and (self._urgent or self._unsolved >= self.ENOUGH)
 
     @property
     def is_urgent(self) -> bool:
@@ -343,16 +341,13 @@ def correct(
     return spread(S_map, anchor_of, solved)
 
 
-ANCHOR_STEP = 5  # keyframes between two anchors, about one window
-
-
 def condense(
     S_map: Mapping[int, np.ndarray], edges: Sequence[Edge], max_nodes: int
 ) -> tuple[dict[int, tuple[int, int]], list[Edge]]:
     """Anchors of the graph: for each keyframe those before and behind it on its chain, and the edges between anchors.
 
-    Steps are chained; a sighting is moved along its steps to the anchors nearest to its ends, and of several between
-    the same anchors the newest counts.
+    Steps are chained; a sighting is moved along its steps to the anchors nearest to its ends, and of many between the
+    same anchors the newest count.
     """
     steps = {e.second: e for e in edges if not e.is_loop and e.first == e.second - 1}
     chains: list[list[int]] = []
@@ -385,11 +380,14 @@ def condense(
 
 
 def _between_anchors(loops: Sequence[Edge], S_anchor_node: Mapping[int, tuple[int, np.ndarray]]) -> list[Edge]:
-    """Sightings moved to the anchors of their ends, the newest of those that then join the same two."""
-    newest = {(S_anchor_node[e.first][0], S_anchor_node[e.second][0]): e for e in loops}
+    """Sightings moved to the anchors of their ends; of those that then join the same two, the newest."""
+    between: dict[tuple[int, int], deque[Edge]] = {}
+    for e in loops:
+        anchors = S_anchor_node[e.first][0], S_anchor_node[e.second][0]
+        between.setdefault(anchors, deque(maxlen=ANCHOR_LOOPS)).append(e)
     moved = []
-    for (first, second), e in newest.items():
-        if first != second:
+    for (first, second), newest in between.items():
+        for e in newest if first != second else ():
             S = S_anchor_node[e.first][1] @ e.S_first_second @ geometry.inverse(S_anchor_node[e.second][1])
             moved.append(Edge(first, second, S, e.sigmas, is_loop=True))
     return moved

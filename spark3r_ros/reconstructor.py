@@ -140,7 +140,7 @@ class Examined:
     dense: DepthMap
     points: KeyframePoints
     place: Place
-    sightings: list[Sighting]  # of old places
+    sighting: Sighting | None  # of an old place
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,6 +268,9 @@ class Reconstructor:
         while self._scouted:
             self._place_scouted()
         self._apply_loops()
+        if self._loops.is_unsolved:
+            self._solve_loops()
+            self._apply_loops()
         self._refresh_odom()
         return replace(self._update(), poses=tuple(poses))
 
@@ -379,7 +382,7 @@ class Reconstructor:
             keyframe.median_depth = self._newest.median_depth  # until it has its own
         self._next_keyframe += 1
         self._keyframes[keyframe.id] = keyframe
-        self._move(keyframe, T_world_camera)
+        self._hang(keyframe, T_world_camera, self._S_map_world)
         if estimate is not None and self._state is not TrackingState.LOST:  # a lost camera's segment starts afresh
             keyframe.covariance = estimate.covariance
         keyframe.num_inliers = self._extend_sparse(keyframe, estimate)
@@ -442,10 +445,16 @@ class Reconstructor:
             self._trajectory.replace(view.row, T_world_camera, view.keyframe)
 
     def _move(self, keyframe: Keyframe, T_world_camera: np.ndarray) -> None:
+        """Give a keyframe another pose in the world; its own correction stays, and so no step between it and others."""
+        S_map_world = keyframe.S_map_keyframe @ geometry.inverse(keyframe.T_world_camera)
+        self._hang(keyframe, T_world_camera, S_map_world)
+
+    @staticmethod
+    def _hang(keyframe: Keyframe, T_world_camera: np.ndarray, S_map_world: np.ndarray) -> None:
         """Give a keyframe its pose in the world, and so in the map."""
         keyframe.T_world_camera = T_world_camera
-        keyframe.T_map_camera = geometry.apply_similarity_to_pose(self._S_map_world, T_world_camera)
-        keyframe.scale = float(geometry.scale_of(self._S_map_world))
+        keyframe.T_map_camera = geometry.apply_similarity_to_pose(S_map_world, T_world_camera)
+        keyframe.scale = float(geometry.scale_of(S_map_world))
 
     # -- before the first window ---------------------------------------------------------------------------------
 
@@ -815,7 +824,7 @@ class Reconstructor:
                 self._add_scale(from_model(newest, log_scale, job.link.sigma if job.link is not None else 0.0))
         self._loops.forget_places(self._keyframes)
         if self._loops.is_due:
-            self._loops.submit({k.id: k.S_map_keyframe for k in self._keyframes.values() if k.is_solved})
+            self._solve_loops()
         self._tracker.rebase(job.keyframes[-1], job.before_last, job.link)
         depth = job.new[-1].dense
         assert depth is not None
@@ -921,7 +930,6 @@ class Reconstructor:
         rates = turn_rates(np.stack([k.T_world_camera for k in window]), np.array([k.stamp_ns for k in window]))
         sigmas = 0.5 * TIMING_SIGMA * rates  # half of the doubt about the instant is common to all frames
         is_deepened = self._refiner is not None and config.refine.dense
-        seen: list[int] = []  # keyframes that have seen old places: enough for those right behind them
         views = [_dense_view(k, sigma) for k, sigma in zip(window, sigmas, strict=True)] if is_deepened else []
 
         def examine(
@@ -936,16 +944,12 @@ class Reconstructor:
                 dense = _deepened(dense, views[own], views[:own] + views[own + 1 :])
             points = keyframe_points(dense.depth, dense.confidence, rgb, dense.K, baseline, config.map)
             place = make_place(keyframe.id, descriptor, corners.result(), dense, dense.K, resize, PLACE_CONFIDENCE)
-            if any(keyframe.id - number < LoopCloser.SPACING for number in seen):
-                return Examined(dense, points, place, [])
-            sightings = [s for s in (recognise(place, old, config.loops) for old in candidates) if s is not None]
-            if sightings:
-                seen.append(keyframe.id)
-            return Examined(dense, points, place, sightings)
+            seen = (recognise(place, old, config.loops) for old in candidates)
+            return Examined(dense, points, place, next((s for s in seen if s is not None), None))
 
         futures = []
         for keyframe, descriptor in zip(job.new, solution.descriptors[len(window) - len(job.new) :], strict=True):
-            candidates = self._loops.candidates(keyframe.id, descriptor, self._old_before(keyframe))
+            candidates = self._loops.candidates(descriptor, self._old_before(keyframe))
             baseline = _baseline(keyframe, window)  # now: the stream may move keyframes meanwhile
             futures.append(self._beside.submit(examine, keyframe, baseline, descriptor, candidates))
         return futures
@@ -966,7 +970,7 @@ class Reconstructor:
         keyframe.median_depth = float(np.median(examined.dense.depth))
         keyframe.is_solved = True
         self._step(keyframe, link_sigma)
-        loop = self._loops.judge(keyframe, examined.sightings, self._keyframes, self._unconnected_from)
+        loop = self._loops.judge(keyframe, examined.sighting, self._keyframes, self._unconnected_from)
         if loop is not None and self._unconnected_from is not None:
             self._connect(loop)
         elif loop is not None and not self._loops.is_urgent:  # the scale is confirmed
@@ -1004,10 +1008,13 @@ class Reconstructor:
         C = first @ loop.S_first_second @ geometry.inverse(second)
         self._S_map_world = C @ self._S_map_world
         for number in range(self._unconnected_from, self._next_keyframe):
-            self._move(self._keyframes[number], self._keyframes[number].T_world_camera)
+            self._hang(self._keyframes[number], self._keyframes[number].T_world_camera, self._S_map_world)
         logger.info("segment of keyframe %d connected at keyframe %d", loop.second, loop.first)
         self._unconnected_from = None
         self._corrections += 1
+
+    def _solve_loops(self) -> None:
+        self._loops.submit({k.id: k.S_map_keyframe for k in self._keyframes.values() if k.is_solved})
 
     def _apply_loops(self) -> None:
         """Take over a solved pose graph. Happens when the window after the loop is solved, however long it took."""
@@ -1022,7 +1029,7 @@ class Reconstructor:
         last = self._keyframes[max(moved)]
         self._S_map_world = last.S_map_keyframe @ geometry.inverse(last.T_world_camera)
         for number in range(last.id + 1, self._next_keyframe):
-            self._move(self._keyframes[number], self._keyframes[number].T_world_camera)
+            self._hang(self._keyframes[number], self._keyframes[number].T_world_camera, self._S_map_world)
         self._scale_filter.restart({k.id: k.scale for k in self._keyframes.values()})
         self._found = None
         self._corrections += 1

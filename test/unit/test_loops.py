@@ -10,6 +10,7 @@ import pytest
 from spark3r_ros import geometry
 from spark3r_ros.config import LoopConfig
 from spark3r_ros.loops import (
+    ANCHOR_LOOPS,
     ANCHOR_STEP,
     Edge,
     LoopCloser,
@@ -170,16 +171,31 @@ def revisited(scale_drift: float, rotation_drift: float) -> tuple[np.ndarray, Lo
     return truth, closer, keyframes
 
 
-def sees(closer, keyframes, number: int, place: int, S_place_query: np.ndarray) -> Edge | None:
+def sees(
+    closer, keyframes, number: int, place: int, S_place_query: np.ndarray,
+    unconnected_from: int | None = None, scale_spread: float = 0.01,
+) -> Edge | None:  # fmt: skip
     """What becomes of a keyframe's sighting of a place."""
-    sighting = Sighting(keyframes[place].place, S_place_query, 50, 0.0, 0.01, np.zeros((0, 3)), np.zeros((0, 2)))
-    return closer.judge(keyframes[number], [sighting], keyframes, None)
+    none = np.zeros((0, 3)), np.zeros((0, 2))
+    sighting = Sighting(keyframes[place].place, S_place_query, 50, 0.0, scale_spread, *none)
+    return closer.judge(keyframes[number], sighting, keyframes, unconnected_from)
 
 
 def test_a_true_loop_after_drift_is_taken():
     truth, closer, keyframes = revisited(scale_drift=0.0002, rotation_drift=0.0002)
     assert sees(closer, keyframes, 65, 5, geometry.inverse(truth[5]) @ truth[65]) is not None
     assert closer.num_loops == 1
+
+
+def test_what_is_seen_needs_no_path_that_agrees_where_nothing_ties_the_camera_to_the_map():
+    truth, closer, keyframes = revisited(scale_drift=0.0002, rotation_drift=0.0002)
+    period = geometry.make_T(np.eye(3), np.array([0.0, 1.5, 0.0]))
+    far = geometry.inverse(truth[5]) @ period @ truth[65]
+    assert sees(closer, keyframes, 65, 5, far) is None
+    assert sees(closer, keyframes, 65, 5, far, unconnected_from=60) is not None
+    assert sees(closer, keyframes, 65, 5, far, unconnected_from=60, scale_spread=np.nan) is None
+    assert closer.judge(keyframes[65], None, keyframes, None) is None
+    assert (closer.num_loops, closer.num_refused) == (1, 2)
 
 
 def test_a_pattern_that_repeats_moves_nothing_however_many_keyframes_see_it():
@@ -257,10 +273,17 @@ def test_chained_steps_measure_what_they_measured_one_by_one():
 def test_sightings_move_to_anchors_without_changing_what_they_say():
     _, nodes, edges = ring(43)
     loop = loop_edge(3, 39, geometry.inverse(nodes[3]) @ nodes[39], 3.0)
-    _, condensed = condense(nodes, [*edges, loop, loop], max_nodes=100)
+    _, condensed = condense(nodes, [*edges, loop], max_nodes=100)
     (moved,) = [e for e in condensed if e.is_loop]
     assert (moved.first, moved.second) == (5, 40)
     np.testing.assert_allclose(moved.S_first_second, geometry.inverse(nodes[5]) @ nodes[40], atol=1e-9)
+
+
+def test_of_many_sightings_between_the_same_anchors_the_newest_count():
+    _, nodes, edges = ring(43)
+    loops = [loop_edge(3, 39, geometry.inverse(nodes[3]) @ nodes[39], 1.0 + i) for i in range(ANCHOR_LOOPS + 2)]
+    _, condensed = condense(nodes, [*edges, *loops], max_nodes=100)
+    assert [e.sigmas for e in condensed if e.is_loop] == [e.sigmas for e in loops[-ANCHOR_LOOPS:]]
 
 
 def test_chains_that_do_not_touch_stay_apart():
