@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from oracle import LARGE, Oracle, Stream, render
 
+from spark3r_ros import geometry
 from spark3r_ros.config import Config, WindowConfig, with_values
 from spark3r_ros.frame import TrackingState
 from spark3r_ros.map_file import MapFileError
@@ -213,3 +214,31 @@ def test_a_loop_moves_keyframes_path_and_cloud_while_odometry_stays_smooth(strea
     steps = np.linalg.norm(np.diff([T[:3, 3] for T in odometry], axis=0), axis=1)
     truth = np.linalg.norm(np.diff(there_and_back.T_world_camera[:, :3, 3], axis=0), axis=1) * oracle.first_scale
     assert np.all(np.abs(steps - truth) < 0.08)  # noise of two poses, and no step from any correction
+
+
+def test_a_keyframe_that_a_later_window_moves_keeps_its_own_correction(stream, monkeypatch):
+    """Hung on the newest correction, it would leave a step between itself and the keyframe before."""
+    there_and_back = at(stream, [*range(40), *range(38, -1, -1), *range(1, 40)])
+    options = OPTIONS | {"loops.min_gap": 6, "context.enabled": False, "window.keyframe_flow": 0.06}
+    oracle = Blinking(there_and_back, pose_noise=0.01)
+    reconstructor = Reconstructor(with_values(Config(), options), oracle)
+    take_over, corrected, worlds, moved = reconstructor._apply_loops, {}, {}, 0
+
+    def note():
+        take_over()
+        for k in reconstructor._keyframes.values():
+            corrected[k.id] = k.S_map_keyframe @ geometry.inverse(k.T_world_camera)
+            worlds[k.id] = k.T_world_camera
+
+    monkeypatch.setattr(reconstructor, "_apply_loops", note)
+    for frame in there_and_back.frames:
+        reconstructor.push(frame)
+        for number, S_map_world in corrected.items():
+            keyframe = reconstructor._keyframes[number]
+            now = keyframe.S_map_keyframe @ geometry.inverse(keyframe.T_world_camera)
+            np.testing.assert_allclose(now, S_map_world, atol=1e-9)
+            is_own = not np.allclose(S_map_world, reconstructor._S_map_world, atol=1e-4)
+            moved += is_own and not np.allclose(keyframe.T_world_camera, worlds[number], atol=1e-4)
+    assert moved > 0
+    reconstructor.finish()
+    assert not reconstructor._loops.is_unsolved
