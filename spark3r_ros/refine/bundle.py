@@ -23,6 +23,7 @@ _MIN_DEPTH = 1e-6  # of the homogeneous z: below, the point is beside or behind 
 
 _MAX_READOUT = 0.1  # seconds
 _SINGLE_THREAD_PRODUCT = 200_000  # multiplications below which OpenBLAS does not start threads
+_LEAST_ROWS = 64  # of a piece, which may be more than that: shorter ones take twice as long with 30 cameras
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +76,16 @@ class _State:
 
 
 @dataclass(frozen=True, eq=False)
+class _Projection:
+    """Where the cameras of a state see its points."""
+
+    q: np.ndarray  # [M, 3] homogeneous camera points: depth times inverse depth
+    q_by_abr: np.ndarray  # [M, 3, 3] their derivative by (a, b, r)
+    focal: np.ndarray  # [2]
+    residual: np.ndarray  # [M, 2] pixels
+
+
+@dataclass(frozen=True, eq=False)
 class _Frozen:
     """Indices and anchors that do not change between iterations."""
 
@@ -97,15 +108,17 @@ def adjust(problem: Problem, iterations: int = 12, loss_px: float = 1.0, toleran
     if len(problem.uv) == 0:
         raise ValueError("bundle adjustment needs observations, got none")
     frozen, state = _freeze(problem, loss_px)
-    damping, cost = 1e-4, _cost(frozen, state)
+    seen = _project(frozen, state)
+    damping, cost = 1e-4, _cost(frozen, state, seen)
     done = 0
     for _ in range(iterations):
         done += 1
-        system = _linearise(frozen, state)
+        system = _linearise(frozen, state, seen)
         improved = False
         for _ in range(6):
             trial = _moved(frozen, state, *_step(frozen, system, damping))
-            trial_cost = _cost(frozen, trial)
+            trial_seen = _project(frozen, trial)
+            trial_cost = _cost(frozen, trial, trial_seen)
             if trial_cost < cost:
                 improved = True
                 break
@@ -113,10 +126,10 @@ def adjust(problem: Problem, iterations: int = 12, loss_px: float = 1.0, toleran
         if not improved:
             break
         gain = (cost - trial_cost) / max(cost, 1e-12)
-        state, cost, damping = trial, trial_cost, max(damping * 0.2, 1e-9)
+        state, seen, cost, damping = trial, trial_seen, trial_cost, max(damping * 0.2, 1e-9)
         if gain < tolerance:
             break
-    return _solution(frozen, state, cost, done)
+    return _solution(frozen, state, seen, cost, done)
 
 
 def without(problem: Problem, keep: np.ndarray) -> Problem:
@@ -146,10 +159,7 @@ def _freeze(problem: Problem, loss_px: float) -> tuple[_Frozen, _State]:
     return frozen, _State(R, t, 0.0, problem.readout, abr)
 
 
-def _project(frozen: _Frozen, state: _State) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Homogeneous camera points q [M, 3] (depth times inverse depth), their derivative by (a, b, r) [M, 3, 3], focal
-    [2], residuals [M, 2].
-    """
+def _project(frozen: _Frozen, state: _State) -> _Projection:
     problem = frozen.problem
     T = problem.T_world_camera
     R_camera = np.swapaxes(state.R, 1, 2)[:, None]
@@ -164,7 +174,7 @@ def _project(frozen: _Frozen, state: _State) -> tuple[np.ndarray, np.ndarray, np
     focal = problem.focal * np.exp(state.log_focal)
     z = np.maximum(q[:, 2:], _MIN_DEPTH)
     residual = q[:, :2] / z * focal + problem.centre - problem.uv + state.readout * problem.shutter
-    return q, q_by_abr, focal, residual
+    return _Projection(q, q_by_abr, focal, residual)
 
 
 def _prior_residual(frozen: _Frozen, state: _State) -> np.ndarray:
@@ -187,10 +197,9 @@ def _loss(squared: np.ndarray, scale: float) -> np.ndarray:
     return scale**2 * np.log1p(squared / scale**2)
 
 
-def _cost(frozen: _Frozen, state: _State) -> float:
-    q, _, _, residual = _project(frozen, state)
-    squared = _squared_length(residual) / frozen.problem.sigma_px**2
-    squared = np.where(q[:, 2] > _MIN_DEPTH, squared, 1e6)
+def _cost(frozen: _Frozen, state: _State, seen: _Projection) -> float:
+    squared = _squared_length(seen.residual) / frozen.problem.sigma_px**2
+    squared = np.where(seen.q[:, 2] > _MIN_DEPTH, squared, 1e6)
     cost = _loss(squared, frozen.loss_px).sum() + _loss(_prior_residual(frozen, state) ** 2, 1.0).sum()
     difference, information = _global_priors(frozen, state)
     return float(cost + information @ difference**2)
@@ -205,19 +214,20 @@ class _System:
     g_p: np.ndarray  # [P, 3]
 
 
-def _jacobians(frozen: _Frozen, state: _State) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _jacobians(
+    frozen: _Frozen, state: _State, seen: _Projection
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Residuals [M, 2], J of camera [M, 2, 6], of point [M, 2, 3], of free camera parameters [M, 2, G]; weighted.
 
     Products are written out: numpy is slow at many small matrices.
     """
-    problem = frozen.problem
-    q, q_by_abr, focal, residual = _project(frozen, state)
+    problem, q, residual = frozen.problem, seen.q, seen.residual
     squared = _squared_length(residual) / problem.sigma_px**2
     weight = 1.0 / (1.0 + squared / frozen.loss_px**2) / problem.sigma_px**2
     root = np.sqrt(np.where(q[:, 2] > _MIN_DEPTH, weight, 0.0))[:, None]
     inv_z = 1.0 / np.maximum(q[:, 2:], _MIN_DEPTH)
     xy = q[:, :2] * inv_z
-    by_xy = focal * root  # [M, 2] of pixels by x / z and y / z
+    by_xy = seen.focal * root  # [M, 2] of pixels by x / z and y / z
     by_q = by_xy * inv_z
     J_camera = np.zeros((len(q), 2, 6))
     r = state.abr[problem.point, 2:]
@@ -226,14 +236,14 @@ def _jacobians(frozen: _Frozen, state: _State) -> tuple[np.ndarray, np.ndarray, 
     J_camera[:, 0, 3], J_camera[:, 1, 3] = by_xy[:, 0] * xy[:, 0] * xy[:, 1], by_xy[:, 1] * (1.0 + xy[:, 1] ** 2)
     J_camera[:, 0, 4], J_camera[:, 1, 4] = -by_xy[:, 0] * (1.0 + xy[:, 0] ** 2), -by_xy[:, 1] * xy[:, 0] * xy[:, 1]
     J_camera[:, 0, 5], J_camera[:, 1, 5] = by_xy[:, 0] * xy[:, 1], -by_xy[:, 1] * xy[:, 0]
-    J_point = by_q[..., None] * (q_by_abr[:, :2] - xy[..., None] * q_by_abr[:, 2:])
+    J_point = by_q[..., None] * (seen.q_by_abr[:, :2] - xy[..., None] * seen.q_by_abr[:, 2:])
     J_globals = np.stack([by_xy * xy, root * problem.shutter], axis=2)[:, :, frozen.open_globals]
     return residual * root, J_camera, J_point, J_globals
 
 
-def _linearise(frozen: _Frozen, state: _State) -> _System:
+def _linearise(frozen: _Frozen, state: _State, seen: _Projection) -> _System:
     problem = frozen.problem
-    residual, J_camera, J_point, J_globals = _jacobians(frozen, state)
+    residual, J_camera, J_point, J_globals = _jacobians(frozen, state, seen)
     num_points, num_free, num_globals = len(state.abr), len(frozen.by_camera), len(frozen.open_globals)
     size = 6 * num_free + num_globals
     tail = slice(6 * num_free, size)
@@ -244,9 +254,9 @@ def _linearise(frozen: _Frozen, state: _State) -> _System:
         J = J_camera[rows].reshape(-1, 6)
         H_cc[block, block] = J.T @ J
         g_c[block] = J.T @ residual[rows].ravel()
-        H_pc[:, problem.point[rows], block] = np.einsum("nip,nic->pnc", J_point[rows], J_camera[rows])
+        by_point = J_point[rows].transpose(1, 2, 0)[..., None]  # [2, 3, N, 1]
+        H_pc[:, problem.point[rows], block] = by_point[0] * J_camera[rows, 0] + by_point[1] * J_camera[rows, 1]
         H_cc[block, tail] = J.T @ J_globals[rows].reshape(2 * len(rows), num_globals)
-    H_pp = _sum_by_point(frozen, np.einsum("mni,mnj->mij", J_point, J_point))
     g_p = _sum_by_point(frozen, np.einsum("mni,mn->mi", J_point, residual))
     if num_globals:
         J = J_globals.reshape(2 * len(J_globals), num_globals)
@@ -255,12 +265,25 @@ def _linearise(frozen: _Frozen, state: _State) -> _System:
         H_cc[tail, tail] = J.T @ J + np.diag(information)
         g_c[tail] = J.T @ residual.ravel() + information * difference
         H_pc[:, :, tail] = np.moveaxis(_sum_by_point(frozen, np.einsum("mni,mnj->mij", J_point, J_globals)), 1, 0)
-    prior = _prior_residual(frozen, state)
-    prior_J = 1.0 / (problem.prior_inverse_depth * problem.prior_sigma)
-    prior_weight = 1.0 / (1.0 + prior**2)
-    H_pp[:, 2, 2] += prior_weight * prior_J**2
+    prior, prior_J, prior_weight = _depth_priors(frozen, state)
     g_p[:, 2] += prior_weight * prior_J * prior
-    return _System(H_cc, H_pp, H_pc, g_c, g_p)
+    return _System(H_cc, _point_information(frozen, state, J_point), H_pc, g_c, g_p)
+
+
+def _point_information(frozen: _Frozen, state: _State, J_point: np.ndarray) -> np.ndarray:
+    """H_pp [P, 3, 3]."""
+    by_x, by_y = J_point[:, 0], J_point[:, 1]
+    H_pp = _sum_by_point(frozen, by_x[:, :, None] * by_x[:, None] + by_y[:, :, None] * by_y[:, None])
+    _, prior_J, prior_weight = _depth_priors(frozen, state)
+    H_pp[:, 2, 2] += prior_weight * prior_J**2
+    return H_pp
+
+
+def _depth_priors(frozen: _Frozen, state: _State) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Residuals of the priors [P], their derivative by the inverse depth, and their robust weights."""
+    prior = _prior_residual(frozen, state)
+    prior_J = 1.0 / (frozen.problem.prior_inverse_depth * frozen.problem.prior_sigma)
+    return prior, prior_J, 1.0 / (1.0 + prior**2)
 
 
 def _sum_by_point(frozen: _Frozen, values: np.ndarray) -> np.ndarray:
@@ -299,12 +322,12 @@ def _reduce(system: _System, inverse: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _inner(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a.T @ b for tall [N, C], in pieces that BLAS leaves on one thread.
+    """a.T @ b for tall [N, C], in pieces that BLAS leaves on one thread, but for those of many cameras.
 
     Its threads wait for each other by spinning: when other work has the cores, one product took 50 ms instead of 1.
     """
     count, size = a.shape
-    rows = max(16, _SINGLE_THREAD_PRODUCT // max(size * size, 1))
+    rows = max(_LEAST_ROWS, _SINGLE_THREAD_PRODUCT // max(size * size, 1))
     whole = count // rows * rows
     shape = count // rows, rows, size
     pieces = a[:whole].reshape(shape).swapaxes(1, 2) @ b[:whole].reshape(shape)
@@ -326,23 +349,23 @@ def _moved(frozen: _Frozen, state: _State, d_c: np.ndarray, d_p: np.ndarray) -> 
     return _State(R, t, float(log_focal), float(readout), abr)
 
 
-def _solution(frozen: _Frozen, state: _State, cost: float, iterations: int) -> Solution:
+def _solution(frozen: _Frozen, state: _State, seen: _Projection, cost: float, iterations: int) -> Solution:
     problem = frozen.problem
-    q, _, focal, residual = _project(frozen, state)
-    length = np.where(q[:, 2] > _MIN_DEPTH, np.linalg.norm(residual, axis=1), np.inf)
+    length = np.where(seen.q[:, 2] > _MIN_DEPTH, np.linalg.norm(seen.residual, axis=1), np.inf)
     direction = np.einsum("pij,pj->pi", frozen.R_anchor[:, :, :2], state.abr[:, :2]) + frozen.R_anchor[:, :, 2]
     xyz = frozen.t_anchor + direction / state.abr[:, 2:]
-    system = _linearise(frozen, state)
-    diagonal = np.einsum("pii->pi", system.H_pp)
-    inverse = np.linalg.inv(system.H_pp + (1e-9 * diagonal + 1e-12)[:, :, None] * np.eye(3))
+    H_pp = _point_information(frozen, state, _jacobians(frozen, state, seen)[2])
+    diagonal = np.einsum("pii->pi", H_pp)
+    inverse = np.linalg.inv(H_pp + (1e-9 * diagonal + 1e-12)[:, :, None] * np.eye(3))
     depth_sigma = np.sqrt(np.maximum(inverse[:, 2, 2], 0.0)) / state.abr[:, 2]
     T = np.tile(np.eye(4), (len(state.R), 1, 1))
     T[:, :3, :3], T[:, :3, 3] = state.R, state.t
     sigmas = np.zeros(2)
     if len(frozen.open_globals):
+        system = _linearise(frozen, state, seen)
         sigmas[frozen.open_globals] = _sigma_of_last(_reduce(system, inverse)[0], len(frozen.open_globals))
     return Solution(
-        T, focal, xyz, length, depth_sigma, float(sigmas[0]), state.readout, float(sigmas[1]),
+        T, seen.focal, xyz, length, depth_sigma, float(sigmas[0]), state.readout, float(sigmas[1]),
         cost / len(problem.uv), iterations,
     )  # fmt: skip
 

@@ -199,7 +199,8 @@ def test_sigmas_of_camera_parameters_are_those_of_the_whole_normal_matrix():
     frozen, state = bundle._freeze(
         replace(problem, T_world_camera=solution.T_world_camera, xyz=solution.xyz, focal=solution.focal), 1.0
     )
-    system = bundle._linearise(frozen, replace(state, readout=solution.readout))
+    state = replace(state, readout=solution.readout)
+    system = bundle._linearise(frozen, state, bundle._project(frozen, state))
     size, num_points = len(system.g_c), len(solution.xyz)
     whole = np.zeros((size + 3 * num_points,) * 2)
     whole[:size, :size] = system.H_cc
