@@ -20,6 +20,8 @@ CHANNELS = 3  # per partner: flow dx, dy and forward-backward error, all in pixe
 MAX_ERROR = 16.0  # pixels; also where the flow leaves the partner's image
 MIN_MATCHES = 8  # of corners, to start flow from
 
+Corners = tuple[np.ndarray, np.ndarray]  # [M, 2] pixels, and their descriptors
+
 
 def partners(num_frames: int, num_previous: int) -> np.ndarray:
     """Partner of each frame [num_frames, 2] as an index into [previous..., frames...]; -1: none.
@@ -38,64 +40,58 @@ def partners(num_frames: int, num_previous: int) -> np.ndarray:
     return table
 
 
-class FlowField:
-    """Flow between any two of some grey images; what is computed once is kept.
+@functools.lru_cache(maxsize=64)
+def _flow(own: bytes, partner: bytes, shape: tuple[int, int], is_way_back: bool) -> np.ndarray:
+    """Cells [3, h, w] of dx, dy and error from one grey image [H, W] to another. Windows overlap, so pairs come again.
+
+    ``is_way_back``: start from the way there, turned round.
 
     DIS starts from a homography of matched ORB corners: at 192 x 144 pixels this finds 67% instead of 21% of the
     displacements of 25 to 50 pixels. One scale finer than the fast presets halves the error for 2 ms.
     """
-
-    def __init__(self, greys: Sequence[np.ndarray]) -> None:
-        self._greys = [np.ascontiguousarray(grey) for grey in greys]
-        self._dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
-        self._dis.setFinestScale(1)
-        self._dis.setVariationalRefinementIterations(3)
-        self._matcher = cv2.BFMatcher(cv2.NORM_HAMMING, crossCheck=True)
-        self._homographies: dict[tuple[int, int], np.ndarray | None] = {}
-        self._flows: dict[tuple[int, int], np.ndarray] = {}
-
-    def between(self, source: int, target: int) -> np.ndarray:
-        """Flow [H, W, 2] from one image to another."""
-        if (source, target) not in self._flows:
-            start = self._start(self._homography(source, target))
-            images = self._greys[source], self._greys[target]
-            self._flows[source, target] = self._dis.calc(*images, start)  # type: ignore[arg-type]
-        return self._flows[source, target]
-
-    def _start(self, H: np.ndarray | None) -> np.ndarray | None:
-        if H is None:
-            return None
-        height, width = self._greys[0].shape
-        grid = _pixel_grid(height, width)
-        moved = cv2.perspectiveTransform(grid.reshape(1, -1, 2), H).reshape(grid.shape)
-        return np.clip(moved - grid, -width, width)
-
-    def _homography(self, source: int, target: int) -> np.ndarray | None:
-        """Homography [3, 3] that most matched corners agree with; None: too few do."""
-        if (target, source) in self._homographies:
-            H = self._homographies[target, source]
-            return None if H is None else np.linalg.inv(H)
-        points, descriptors = _corners(self._greys[source])
-        others, other_descriptors = _corners(self._greys[target])
-        H = None
-        if min(len(points), len(others)) >= MIN_MATCHES:
-            matches = self._matcher.match(descriptors, other_descriptors)
-            if len(matches) >= MIN_MATCHES:
-                a, b = points[[m.queryIdx for m in matches]], others[[m.trainIdx for m in matches]]
-                H, agree = cv2.findHomography(a, b, cv2.RANSAC, 6.0, maxIters=300)
-                if H is None or int(agree.sum()) < MIN_MATCHES or abs(np.linalg.det(H)) < 1e-6:
-                    H = None
-        self._homographies[source, target] = H
-        return H
+    images = [np.frombuffer(pixels, np.uint8).reshape(shape) for pixels in (own, partner)]
+    corners = _corners(own, shape), _corners(partner, shape)
+    there = _homography(*(reversed(corners) if is_way_back else corners))
+    back = None if there is None else np.linalg.inv(there)
+    forward = _dis(images[0], images[1], back if is_way_back else there)
+    backward = _dis(images[1], images[0], there if is_way_back else back)
+    error = _round_trip_error(forward, backward)
+    height, width = shape
+    cells = cv2.resize(np.dstack([forward, error]), (width // CELL, height // CELL), interpolation=cv2.INTER_AREA)
+    return cells.transpose(2, 0, 1)
 
 
-def _corners(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Corners [M, 2] of a grey image and their descriptors. Images come again, as partners of others."""
-    return _detect(grey.tobytes(), grey.shape)
+def _dis(own: np.ndarray, partner: np.ndarray, H: np.ndarray | None) -> np.ndarray:
+    """Flow [H, W, 2] from one grey image to another, that begins with a homography [3, 3]."""
+    dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
+    dis.setFinestScale(1)
+    dis.setVariationalRefinementIterations(3)
+    if H is None:
+        return dis.calc(own, partner, None)  # type: ignore[call-overload]
+    height, width = own.shape
+    grid = _pixel_grid(height, width)
+    moved = cv2.perspectiveTransform(grid.reshape(1, -1, 2), H).reshape(grid.shape)
+    return dis.calc(own, partner, np.clip(moved - grid, -width, width))
+
+
+def _homography(own: Corners, partner: Corners) -> np.ndarray | None:
+    """Homography [3, 3] that most matched corners agree with; None: too few do."""
+    (points, descriptors), (others, other_descriptors) = own, partner
+    if min(len(points), len(others)) < MIN_MATCHES:
+        return None
+    matches = cv2.BFMatcher(cv2.NORM_HAMMING, crossCheck=True).match(descriptors, other_descriptors)
+    if len(matches) < MIN_MATCHES:
+        return None
+    a, b = points[[m.queryIdx for m in matches]], others[[m.trainIdx for m in matches]]
+    H, agree = cv2.findHomography(a, b, cv2.RANSAC, 6.0, maxIters=300)
+    if H is None or int(agree.sum()) < MIN_MATCHES or abs(np.linalg.det(H)) < 1e-6:
+        return None
+    return H
 
 
 @functools.lru_cache(maxsize=64)
-def _detect(pixels: bytes, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def _corners(pixels: bytes, shape: tuple[int, int]) -> Corners:
+    """Of a grey image [H, W]. Images come again, as partners of others."""
     orb = cv2.ORB.create(250, 1.4, 3, edgeThreshold=12, patchSize=15, fastThreshold=8)
     corners, descriptors = orb.detectAndCompute(np.frombuffer(pixels, np.uint8).reshape(shape), None)
     return np.array([c.pt for c in corners], np.float32).reshape(-1, 2), descriptors
@@ -117,17 +113,16 @@ def motion_channels(greys: Sequence[np.ndarray], num_previous: int = 0) -> np.nd
     Returns:
         [S, 6, h, w] float32: per partner dx, dy, error.
     """
-    height, width = greys[0].shape
+    height, width = shape = greys[0].shape
     table = partners(len(greys) - num_previous, num_previous)
-    flow = FlowField(greys)
+    pixels = [grey.tobytes() for grey in greys]
     out = np.zeros((len(table), NUM_PARTNERS, CHANNELS, height // CELL, width // CELL), np.float32)
     out[:, :, 2] = -1.0
+    done = set()
     for frame, slot in np.argwhere(table >= 0).tolist():
-        own, other = num_previous + frame, int(table[frame, slot])
-        forward = flow.between(own, other)
-        error = _round_trip_error(forward, flow.between(other, own))
-        cells = cv2.resize(np.dstack([forward, error]), (width // CELL, height // CELL), interpolation=cv2.INTER_AREA)
-        out[frame, slot] = cells.transpose(2, 0, 1)
+        pair = num_previous + frame, int(table[frame, slot])
+        out[frame, slot] = _flow(*(pixels[i] for i in pair), shape, pair[::-1] in done)
+        done.add(pair)
     return out.reshape(len(table), NUM_PARTNERS * CHANNELS, height // CELL, width // CELL)
 
 

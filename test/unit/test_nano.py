@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from spark3r_ros.backbone import Backbone
-from spark3r_ros.backbone.motion import CHANNELS, motion_channels, partners
+from spark3r_ros.backbone.motion import CHANNELS, _flow, motion_channels, partners
 from spark3r_ros.backbone.motion_solver import so3_exp, solve_from_directions, solve_motion
 from spark3r_ros.backbone.nano import MOTION_WIDTH, Nano, chain
 from spark3r_ros.backbone.trunk import PassOptions
@@ -48,12 +48,27 @@ def test_partners_are_earlier_frames_or_else_later_ones():
 def test_flow_to_a_shifted_image_and_its_absence():
     rng = np.random.default_rng(0)
     base = np.kron(rng.integers(0, 255, (20, 28)), np.ones((8, 8))).astype(np.uint8)
-    motion = motion_channels([base[8:152, 8:200], base[8:152, 11:203]]).reshape(2, 2, CHANNELS, 36, 48)
-    inner = motion[1, 0][:, 4:-4, 4:-4]
+    flow = motion_channels([base[8:152, 8:200], base[8:152, 11:203]]).reshape(2, 2, CHANNELS, 36, 48)
+    inner = flow[1, 0][:, 4:-4, 4:-4]
     assert abs(np.median(inner[0]) - 3) < 0.1  # frame 1 sees at x what frame 0 sees at x + 3
     assert abs(np.median(inner[1])) < 0.1
     assert np.median(inner[2]) < 0.1
-    assert (motion[1, 1, 2] == -1).all()
+    assert (flow[1, 1, 2] == -1).all()
+
+
+def test_windows_that_overlap_share_their_flow():
+    rng = np.random.default_rng(1)
+    base = np.kron(rng.integers(0, 255, (20, 34)), np.ones((8, 8))).astype(np.uint8)
+    images = [base[8:152, 8 + 3 * i : 200 + 3 * i] for i in range(8)]
+    _flow.cache_clear()
+    first = motion_channels(images[:6])
+    asked = _flow.cache_info().misses
+    second = motion_channels(images[2:], num_previous=2)
+    assert asked == 12  # two partners of every frame
+    assert _flow.cache_info().misses - asked == 4  # the two new frames'
+    np.testing.assert_array_equal(second[:2], first[4:])
+    _flow.cache_clear()
+    np.testing.assert_array_equal(motion_channels(images[2:], num_previous=2), second)
 
 
 def synthetic_motion(batch=16, seed=0):
