@@ -37,7 +37,6 @@ LOOP_SCALE = 0.03
 SCALE_PRIOR = 1.0  # of each node's log scale: drift is possible, collapse is not
 ITERATIONS = 30
 ANCHOR_STEP = 5  # keyframes between two anchors, about one window
-ANCHOR_LOOPS = 4  # sightings between the same two anchors that count: the newest
 CAUCHY_WIDTHS = (50.0, 3.0)  # sigmas; wide first, since a true loop looks like an outlier until drift is taken out
 
 
@@ -127,9 +126,10 @@ class LoopCloser:
 
     SPACING = 3  # keyframes between two places that one is compared with
     SPARE = 50  # one of so many places is forgotten beyond the bound, so that it is seldom that all are compared
+    TELLING = 1.5  # times the sigma of a good sight that the path between its ends must have grown uncertain by
     DOUBTFUL = 4.0  # sigmas by which a loop may be off what its steps can have gathered, without another that agrees
     HELD = 20  # of the doubtful, the latest so many may be confirmed
-    TOLERATED = 2.0  # sigmas by which a loop may be off before the graph is solved for it
+    TOLERATED = 3.0  # sigmas by which a loop may be off before the graph is solved for it
     ENOUGH = 24  # loops that were in order before the graph is solved for all of them
 
     def __init__(self, config: LoopConfig, places: PlaceStore) -> None:
@@ -145,11 +145,28 @@ class LoopCloser:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loops")
         self._running: Future[dict[int, np.ndarray]] | None = None
 
-    def candidates(self, descriptor: np.ndarray, before: int) -> Sequence[Place]:
-        """Places of keyframes ``before`` this number that look like an image with this descriptor [C], best first."""
+    def candidates(
+        self, query: Keyframe, descriptor: np.ndarray, before: int, keyframes: Mapping[int, Keyframe]
+    ) -> Sequence[Place]:
+        """Places of keyframes ``before`` this number that look like the new one, best first.
+
+        ``descriptor``: [C] of its image. Only those whose sight would tell something.
+        """
         if not self.config.enabled:
             return []
-        return self.places.similar(descriptor, self.config.candidates, self.SPACING, before)
+        similar = self.places.similar(descriptor, self.config.candidates, self.SPACING, before)
+        return [place for place in similar if self._tells(keyframes[place.keyframe_id], query)]
+
+    def _tells(self, first: Keyframe, second: Keyframe) -> bool:
+        """Whether the path between two keyframes is less certain than a sight of one by the other would be.
+
+        A camera that has kept its points in view, to and fro, knows where it is ten times better than a sight can say.
+        """
+        if first.segment != second.segment:
+            return True
+        grown = np.diag(second.covariance) - np.diag(first.covariance)
+        rotation, translation = self.TELLING * LOOP_ROTATION, self.TELLING * LOOP_TRANSLATION * first.median_depth
+        return bool(grown[:3].mean() > translation**2 or grown[3:].mean() > rotation**2)
 
     def judge(
         self,
@@ -346,8 +363,8 @@ def condense(
 ) -> tuple[dict[int, tuple[int, int]], list[Edge]]:
     """Anchors of the graph: for each keyframe those before and behind it on its chain, and the edges between anchors.
 
-    Steps are chained; a sighting is moved along its steps to the anchors nearest to its ends, and of many between the
-    same anchors the newest count.
+    Steps are chained; a sighting is moved along its steps to the anchors nearest to its ends, and of several between
+    the same anchors the newest counts.
     """
     steps = {e.second: e for e in edges if not e.is_loop and e.first == e.second - 1}
     chains: list[list[int]] = []
@@ -380,14 +397,11 @@ def condense(
 
 
 def _between_anchors(loops: Sequence[Edge], S_anchor_node: Mapping[int, tuple[int, np.ndarray]]) -> list[Edge]:
-    """Sightings moved to the anchors of their ends; of those that then join the same two, the newest."""
-    between: dict[tuple[int, int], deque[Edge]] = {}
-    for e in loops:
-        anchors = S_anchor_node[e.first][0], S_anchor_node[e.second][0]
-        between.setdefault(anchors, deque(maxlen=ANCHOR_LOOPS)).append(e)
+    """Sightings moved to the anchors of their ends, the newest of those that then join the same two."""
+    newest = {(S_anchor_node[e.first][0], S_anchor_node[e.second][0]): e for e in loops}
     moved = []
-    for (first, second), newest in between.items():
-        for e in newest if first != second else ():
+    for (first, second), e in newest.items():
+        if first != second:
             S = S_anchor_node[e.first][1] @ e.S_first_second @ geometry.inverse(S_anchor_node[e.second][1])
             moved.append(Edge(first, second, S, e.sigmas, is_loop=True))
     return moved

@@ -949,7 +949,8 @@ class Reconstructor:
 
         futures = []
         for keyframe, descriptor in zip(job.new, solution.descriptors[len(window) - len(job.new) :], strict=True):
-            candidates = self._loops.candidates(descriptor, self._old_before(keyframe))
+            before = self._old_before(keyframe)
+            candidates = self._loops.candidates(keyframe, descriptor, before, self._keyframes)
             baseline = _baseline(keyframe, window)  # now: the stream may move keyframes meanwhile
             futures.append(self._beside.submit(examine, keyframe, baseline, descriptor, candidates))
         return futures

@@ -10,7 +10,6 @@ import pytest
 from spark3r_ros import geometry
 from spark3r_ros.config import LoopConfig
 from spark3r_ros.loops import (
-    ANCHOR_LOOPS,
     ANCHOR_STEP,
     Edge,
     LoopCloser,
@@ -235,6 +234,19 @@ def test_where_the_chain_is_broken_only_the_wide_bounds_hold():
     assert sees(closer, keyframes, 65, 5, shifted) is not None
 
 
+@pytest.mark.parametrize("changes", [{"covariance": (0.1, 0.0)}, {"covariance": (0.0, 0.02)}, {"segment": 1}])
+def test_a_camera_that_knows_its_way_back_better_than_a_sight_would_say_looks_for_none(changes):
+    closer, keyframes = remembered(np.zeros(40), LoopConfig())
+    query, wanted = keyframes[39], keyframes[5].place.descriptor
+    sigmas = np.repeat(changes.pop("covariance", (0.0, 0.0)), 3)
+    keyframes[5].covariance = np.diag(np.full(6, 0.5))  # of both: what is common says nothing
+    query.covariance = keyframes[5].covariance.copy()
+    assert not [p for p in closer.candidates(query, wanted, 10, keyframes) if p.keyframe_id == 5]
+    query.covariance += np.diag(sigmas**2)
+    query.segment = changes.pop("segment", 0)
+    assert closer.candidates(query, wanted, 10, keyframes)[0].keyframe_id == 5
+
+
 # -- the condensed graph -------------------------------------------------------------------------------------------
 
 
@@ -279,11 +291,11 @@ def test_sightings_move_to_anchors_without_changing_what_they_say():
     np.testing.assert_allclose(moved.S_first_second, geometry.inverse(nodes[5]) @ nodes[40], atol=1e-9)
 
 
-def test_of_many_sightings_between_the_same_anchors_the_newest_count():
+def test_of_several_sightings_between_the_same_anchors_the_newest_counts():
     _, nodes, edges = ring(43)
-    loops = [loop_edge(3, 39, geometry.inverse(nodes[3]) @ nodes[39], 1.0 + i) for i in range(ANCHOR_LOOPS + 2)]
+    loops = [loop_edge(3, 39, geometry.inverse(nodes[3]) @ nodes[39], 1.0 + i) for i in range(3)]
     _, condensed = condense(nodes, [*edges, *loops], max_nodes=100)
-    assert [e.sigmas for e in condensed if e.is_loop] == [e.sigmas for e in loops[-ANCHOR_LOOPS:]]
+    assert [e.sigmas for e in condensed if e.is_loop] == [loops[-1].sigmas]
 
 
 def test_chains_that_do_not_touch_stay_apart():
