@@ -130,7 +130,8 @@ class LoopCloser:
     DOUBTFUL = 4.0  # sigmas by which a loop may be off what its steps can have gathered, without another that agrees
     HELD = 20  # of the doubtful, the latest so many may be confirmed
     TOLERATED = 3.0  # sigmas by which a loop may be off before the graph is solved for it
-    ENOUGH = 24  # loops that were in order before the graph is solved for all of them
+    ENOUGH = 24  # loops that were in order before the graph is solved for all of them, or, as it grows,
+    SHARE = 1 / 32  # of its edges: a solution takes as long as these are many
 
     def __init__(self, config: LoopConfig, places: PlaceStore) -> None:
         self.config = config
@@ -262,7 +263,7 @@ class LoopCloser:
     @property
     def is_due(self) -> bool:
         """Whether the graph should be solved now."""
-        return self.is_unsolved and (self._urgent or self._unsolved >= self.ENOUGH)
+        return self.is_unsolved and (self._urgent or self._unsolved >= max(self.ENOUGH, self.SHARE * len(self.edges)))
 
     @property
     def is_urgent(self) -> bool:
