@@ -131,7 +131,7 @@ class LoopCloser:
     HELD = 20  # of the doubtful, the latest so many may be confirmed
     TOLERATED = 3.0  # sigmas by which a loop may be off before the graph is solved for it
     ENOUGH = 24  # loops that were in order before the graph is solved for all of them, or, as it grows,
-    SHARE = 1 / 32  # of its edges: a solution takes as long as these are many
+    SHARE = 1 / 16  # of its edges: a solution takes as long as these are many
 
     def __init__(self, config: LoopConfig, places: PlaceStore) -> None:
         self.config = config

@@ -318,7 +318,7 @@ def test_keyframes_between_anchors_move_in_proportion():
         assert moved[i][2, 3] - nodes[i][2, 3] == pytest.approx(i / 10, abs=1e-9)
 
 
-@pytest.mark.parametrize(("num_steps", "enough"), [(0, LoopCloser.ENOUGH), (3200, 104)])
+@pytest.mark.parametrize(("num_steps", "enough"), [(0, LoopCloser.ENOUGH), (3200, 214)])
 def test_loops_that_are_in_order_are_collected_the_longer_the_larger_the_graph(num_steps, enough):
     closer, keyframes = remembered(np.zeros(enough + 1), LoopConfig())
     closer.edges.extend([step_edge(0, 1, np.eye(4), 2.0)] * num_steps)
