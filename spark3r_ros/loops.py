@@ -117,6 +117,12 @@ def _drift(loop: Edge, S_map_first: np.ndarray, S_map_second: np.ndarray) -> np.
     return geometry.inverse(loop.S_first_second) @ geometry.inverse(S_map_first) @ S_map_second
 
 
+def _whitened(loop: Edge, S_map_first: np.ndarray, S_map_second: np.ndarray) -> np.ndarray:
+    """[7] ``_drift`` in sigmas of the loop alone."""
+    off: np.ndarray = _log(_drift(loop, S_map_first, S_map_second)[None])[0] / np.sqrt(_variances([loop])[0])
+    return off
+
+
 class LoopCloser:
     """Finds loops as keyframes come, and has the pose graph solved behind the stream's back.
 
@@ -205,6 +211,8 @@ class LoopCloser:
         ends = first.S_map_keyframe, second.S_map_keyframe
         if not is_plausible(loop, *ends, second.travelled - first.travelled, self.config):
             return False
+        if np.linalg.norm(_whitened(loop, *ends)) <= self.DOUBTFUL:  # whatever its steps have gathered
+            return True
         gathered = self._gathered(loop.first, loop.second, keyframes)
         if gathered is None:
             return True
@@ -250,10 +258,9 @@ class LoopCloser:
         self.edges.append(loop)
         self.num_loops += 1
         self._unsolved += 1
-        off = _drift(loop, keyframes[loop.first].S_map_keyframe, keyframes[loop.second].S_map_keyframe)
-        whitened = np.abs(_log(off[None])[0]) / np.sqrt(_variances([loop])[0])
-        self._urgent |= bool(whitened.max() > self.TOLERATED)
-        logger.info("loop %d-%d, %.1f sigma off", loop.first, loop.second, whitened.max())
+        off = np.abs(_whitened(loop, *(keyframes[i].S_map_keyframe for i in _ends(loop)))).max()
+        self._urgent |= bool(off > self.TOLERATED)
+        logger.info("loop %d-%d, %.1f sigma off", loop.first, loop.second, off)
 
     @property
     def is_unsolved(self) -> bool:
