@@ -45,6 +45,7 @@ from spark3r_ros.frame import (
 )
 from spark3r_ros.loops import FIRST_DOUBT, NETWORK_DOUBT, Edge, LoopCloser, loop_edge, step_doubt, step_edge
 from spark3r_ros.map_file import MapFileError, SavedMap
+from spark3r_ros.memory import return_freed_memory
 from spark3r_ros.places import Corners, Place, PlaceStore, Sighting, describe, make_place, recognise
 from spark3r_ros.point_map import KeyframePoints, PointMap, keyframe_points, trusted
 from spark3r_ros.preprocess import FrameError, NetworkImage, Preprocessor
@@ -834,6 +835,7 @@ class Reconstructor:
         self._solved.append(Solved(self._last_report, job.new, self._depth_camera(solution.K), depth))
         for keyframe in job.leaving:
             keyframe.retire()
+        self._beside.submit(return_freed_memory)
 
     def _settle(self, keyframes: Sequence[Keyframe], link: Link | None) -> None:
         """The window is in the map: what that means for the state."""
