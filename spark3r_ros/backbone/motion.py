@@ -2,6 +2,7 @@
 
 Every frame has two partners, the one and two frames before it; where there are none (start of a stream) later frames of
 the same window take their place. Flow to a partner (DIS, Kroeger et al. 2016) comes with its forward-backward error.
+A frame that asks alone (tracking) gets its flow to the second one by way of the first, whose own is known.
 
 Shapes: S frames, H x W pixels, h x w motion cells of CELL x CELL pixels.
 """
@@ -116,6 +117,10 @@ def motion_channels(greys: Sequence[np.ndarray], num_previous: int = 0) -> np.nd
     height, width = shape = greys[0].shape
     table = partners(len(greys) - num_previous, num_previous)
     pixels = [grey.tobytes() for grey in greys]
+    if len(table) == 1 and num_previous >= NUM_PARTNERS:
+        before_last, last, own = pixels[-3:]
+        there = _flow(own, last, shape, False)
+        return np.concatenate([there, _chained(there, _flow(last, before_last, shape, False))])[None]
     out = np.zeros((len(table), NUM_PARTNERS, CHANNELS, height // CELL, width // CELL), np.float32)
     out[:, :, 2] = -1.0
     done = set()
@@ -124,6 +129,18 @@ def motion_channels(greys: Sequence[np.ndarray], num_previous: int = 0) -> np.nd
         out[frame, slot] = _flow(*(pixels[i] for i in pair), shape, pair[::-1] in done)
         done.add(pair)
     return out.reshape(len(table), NUM_PARTNERS * CHANNELS, height // CELL, width // CELL)
+
+
+def _chained(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Cells [3, h, w] of dx, dy and error by way of another frame: ``first`` leads there, ``second`` on from there."""
+    height, width = first.shape[1:]
+    x = first[0] / CELL + np.arange(width, dtype=np.float32)  # cells
+    y = first[1] / CELL + np.arange(height, dtype=np.float32)[:, None]
+    there = np.ascontiguousarray(second.transpose(1, 2, 0))
+    total = first + cv2.remap(there, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE).transpose(2, 0, 1)
+    inside = (np.abs(x - (width - 1) / 2) <= width / 2) & (np.abs(y - (height - 1) / 2) <= height / 2)
+    total[2] = np.where(inside, np.minimum(total[2], MAX_ERROR), MAX_ERROR)
+    return total
 
 
 def _round_trip_error(forward: np.ndarray, backward: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from spark3r_ros.backbone import Backbone
-from spark3r_ros.backbone.motion import CHANNELS, _flow, motion_channels, partners
+from spark3r_ros.backbone.motion import CHANNELS, MAX_ERROR, _flow, motion_channels, partners
 from spark3r_ros.backbone.motion_solver import so3_exp, solve_from_directions, solve_motion
 from spark3r_ros.backbone.nano import MOTION_WIDTH, Nano, chain
 from spark3r_ros.backbone.trunk import PassOptions
@@ -69,6 +69,24 @@ def test_windows_that_overlap_share_their_flow():
     np.testing.assert_array_equal(second[:2], first[4:])
     _flow.cache_clear()
     np.testing.assert_array_equal(motion_channels(images[2:], num_previous=2), second)
+
+
+def test_a_frame_that_asks_alone_reaches_its_second_partner_by_way_of_the_first():
+    rng = np.random.default_rng(2)
+    base = np.kron(rng.integers(0, 255, (26, 34)), np.ones((8, 8))).astype(np.uint8)
+    images = [base[8 + 2 * i : 152 + 2 * i, 8 + 5 * i : 200 + 5 * i] for i in range(3)]
+    _flow.cache_clear()
+    asked = motion_channels(images, num_previous=2).reshape(2, CHANNELS, 36, 48)
+    assert _flow.cache_info().misses == 2  # to the first; and between the partners, which their window knows
+    motion_channels([*images[:2], np.roll(images[2], 1, axis=1)], num_previous=2)
+    assert _flow.cache_info().misses == 3
+    direct = _flow(images[2].tobytes(), images[0].tobytes(), SIZE, False)
+    inner = np.s_[4:-4, 4:-4]
+    for found in (asked[1], direct):
+        np.testing.assert_allclose(np.median(found[0][inner]), 10, atol=0.1)
+        np.testing.assert_allclose(np.median(found[1][inner]), 4, atol=0.1)
+    assert np.abs(asked[1][:2, *inner] - direct[:2, *inner]).mean() < 0.2
+    assert (asked[1][2, :, 46:] == MAX_ERROR).all()  # seen where the partners have nothing: ten pixels are out of view
 
 
 def synthetic_motion(batch=16, seed=0):
