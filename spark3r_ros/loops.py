@@ -134,8 +134,9 @@ class LoopCloser:
     SPARE = 50  # one of so many places is forgotten beyond the bound, so that it is seldom that all are compared
     TELLING = 1.5  # times the sigma of a good sight that the path between its ends must have grown uncertain by
     DOUBTFUL = 4.0  # sigmas by which a loop may be off what its steps can have gathered, without another that agrees
+    LAST_STEPS = 50  # are asked first: what they explain needs no sum of all
     HELD = 20  # of the doubtful, the latest so many may be confirmed
-    TOLERATED = 3.0  # sigmas by which a loop may be off before the graph is solved for it
+    TOLERATED = 4.0  # sigmas by which a loop may be off before the graph is solved for it
     ENOUGH = 24  # loops that were in order before the graph is solved for all of them, or, as it grows,
     SHARE = 1 / 16  # of its edges: a solution takes as long as these are many
 
@@ -213,12 +214,14 @@ class LoopCloser:
             return False
         if np.linalg.norm(_whitened(loop, *ends)) <= self.DOUBTFUL:  # whatever its steps have gathered
             return True
-        gathered = self._gathered(loop.first, loop.second, keyframes)
-        if gathered is None:
-            return True
-        off = sigmas_off(loop, *ends, gathered)
-        if off <= self.DOUBTFUL:
-            return True
+        off = 0.0
+        for start in (max(loop.first, loop.second - self.LAST_STEPS), loop.first):
+            gathered = self._gathered(start, loop.second, keyframes)
+            if gathered is None:
+                return True
+            off = sigmas_off(loop, *ends, gathered)
+            if off <= self.DOUBTFUL:
+                return True
         confirmed = [held for held in self._held if self._agree(held, loop, keyframes)]
         logger.info(
             "loop %d-%d is %.1f sigma off what its steps can have gathered, %d earlier ones agree",
@@ -282,8 +285,10 @@ class LoopCloser:
         return self._running is not None
 
     def submit(self, S_map: dict[int, np.ndarray]) -> None:
+        widths = CAUCHY_WIDTHS if self._urgent else CAUCHY_WIDTHS[-1:]  # loops that are in order look like no outliers
         self._unsolved, self._urgent = 0, False
-        self._running = self._pool.submit(correct, S_map, list(self.edges), self.config.max_nodes, self._optimise)
+        edges = list(self.edges)
+        self._running = self._pool.submit(correct, S_map, edges, self.config.max_nodes, self._optimise, widths)
 
     def collect(self) -> dict[int, np.ndarray]:
         """The solution that was started last; waits for it."""
@@ -353,16 +358,23 @@ class _Views:
 # -- the graph ---------------------------------------------------------------------------------------------------------
 
 
-Optimiser = Callable[[dict[int, np.ndarray], Sequence[Edge]], dict[int, np.ndarray]]
+Optimiser = Callable[[dict[int, np.ndarray], Sequence[Edge], Sequence[float]], dict[int, np.ndarray]]
 
 
 def correct(
-    S_map: Mapping[int, np.ndarray], edges: Sequence[Edge], max_nodes: int, optimise: Optimiser
+    S_map: Mapping[int, np.ndarray],
+    edges: Sequence[Edge],
+    max_nodes: int,
+    optimise: Optimiser,
+    widths: Sequence[float] = CAUCHY_WIDTHS,
 ) -> dict[int, np.ndarray]:
-    """Similarities [4, 4] of all keyframes that agree best with the edges, found with at most ``max_nodes`` anchors."""
+    """Similarities [4, 4] of all keyframes that agree best with the edges, found with at most ``max_nodes`` anchors.
+
+    ``widths``: of the Cauchy loss, in sigmas, one solution after the other.
+    """
     anchor_of, condensed = condense(S_map, edges, max_nodes)
     anchors = {a for pair in anchor_of.values() for a in pair}
-    solved = optimise({i: S_map[i] for i in sorted(anchors)}, condensed)
+    solved = optimise({i: S_map[i] for i in sorted(anchors)}, condensed, widths)
     return spread(S_map, anchor_of, solved)
 
 
@@ -407,12 +419,12 @@ def condense(
 def _between_anchors(loops: Sequence[Edge], S_anchor_node: Mapping[int, tuple[int, np.ndarray]]) -> list[Edge]:
     """Sightings moved to the anchors of their ends, the newest of those that then join the same two."""
     newest = {(S_anchor_node[e.first][0], S_anchor_node[e.second][0]): e for e in loops}
-    moved = []
-    for (first, second), e in newest.items():
-        if first != second:
-            S = S_anchor_node[e.first][1] @ e.S_first_second @ geometry.inverse(S_anchor_node[e.second][1])
-            moved.append(Edge(first, second, S, e.sigmas, is_loop=True))
-    return moved
+    kept = [(*anchors, e) for anchors, e in newest.items() if anchors[0] != anchors[1]]
+    if not kept:
+        return []
+    S_first, S_second = (np.stack([S_anchor_node[i][1] for i in ids]) for ids in zip(*(_ends(e) for *_, e in kept)))
+    S = S_first @ np.stack([e.S_first_second for *_, e in kept]) @ geometry.inverse(S_second)
+    return [Edge(first, second, S[i], e.sigmas, is_loop=True) for i, (first, second, e) in enumerate(kept)]
 
 
 def _chained(steps: Sequence[Edge], S_first_node: Sequence[np.ndarray]) -> Edge:
@@ -445,7 +457,9 @@ def optimiser() -> Optimiser:
     return optimise_gtsam
 
 
-def optimise_gtsam(S_map: dict[int, np.ndarray], edges: Sequence[Edge]) -> dict[int, np.ndarray]:
+def optimise_gtsam(
+    S_map: dict[int, np.ndarray], edges: Sequence[Edge], widths: Sequence[float] = CAUCHY_WIDTHS
+) -> dict[int, np.ndarray]:
     """Levenberg-Marquardt on Similarity3 factors; Cauchy loss on loops."""
     import gtsam
 
@@ -457,7 +471,7 @@ def optimise_gtsam(S_map: dict[int, np.ndarray], edges: Sequence[Edge]) -> dict[
     parameters = gtsam.LevenbergMarquardtParams()
     parameters.setMaxIterations(ITERATIONS)
     parameters.setRelativeErrorTol(1e-5)
-    for width in CAUCHY_WIDTHS:
+    for width in widths:
         graph = _gtsam_graph(nodes, edges, measured, width)
         values = gtsam.LevenbergMarquardtOptimizer(graph, values, parameters).optimize()
     return {node: _from_gtsam(values.atSimilarity3(node)) for node in S_map}
@@ -485,7 +499,9 @@ def _gtsam_graph(nodes, edges: Sequence[Edge], measured, width: float):  # type:
     return graph
 
 
-def optimise_scipy(S_map: dict[int, np.ndarray], edges: Sequence[Edge]) -> dict[int, np.ndarray]:
+def optimise_scipy(
+    S_map: dict[int, np.ndarray], edges: Sequence[Edge], widths: Sequence[float] = CAUCHY_WIDTHS
+) -> dict[int, np.ndarray]:
     """The same problem for scipy's sparse least squares: slower, for machines without gtsam."""
     from scipy.optimize import least_squares
 
@@ -511,7 +527,7 @@ def optimise_scipy(S_map: dict[int, np.ndarray], edges: Sequence[Edge]) -> dict[
 
     x = np.zeros(7 * (len(ids) - 1))
     sparsity = _sparsity(first, second, len(ids))
-    for width in CAUCHY_WIDTHS:
+    for width in widths:
         x = least_squares(
             residuals, x, jac_sparsity=sparsity, method="trf", max_nfev=ITERATIONS, ftol=1e-5, args=(width,)
         ).x

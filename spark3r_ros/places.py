@@ -229,7 +229,7 @@ def _solve_jointly(T_query_place: np.ndarray, log_scale: float, pairs: _Pairs) -
         weight = 1 / (1 + error**2)
         step = np.linalg.lstsq((J * weight[:, None]).T @ J + 1e-9 * np.eye(7), -J.T @ (weight * error), rcond=None)[0]
         T_query_place, log_scale = geometry.se3_exp(step[:6]) @ T_query_place, log_scale + float(step[6])
-        if np.abs(step).max() < 1e-6:
+        if np.abs(step).max() < 1e-4:  # a hundredth of what a sight is good to
             break
     return geometry.make_T(geometry.project_to_so3(T_query_place[:3, :3]), T_query_place[:3, 3]), log_scale
 

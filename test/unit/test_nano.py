@@ -85,7 +85,7 @@ def test_a_frame_that_asks_alone_reaches_its_second_partner_by_way_of_the_first(
     for found in (asked[1], direct):
         np.testing.assert_allclose(np.median(found[0][inner]), 10, atol=0.1)
         np.testing.assert_allclose(np.median(found[1][inner]), 4, atol=0.1)
-    assert np.abs(asked[1][:2, *inner] - direct[:2, *inner]).mean() < 0.2
+    assert np.abs(asked[1] - direct)[:2, 4:-4, 4:-4].mean() < 0.2
     assert (asked[1][2, :, 46:] == MAX_ERROR).all()  # seen where the partners have nothing: ten pixels are out of view
 
 
