@@ -3,7 +3,7 @@
     python -m benchmarks.streaming ablation --sequences ../shared/data/tum_fr3_office ../shared/data/tum_fr1_plant19
     python -m benchmarks.streaming ablation --circuit 2400 --seeds 5 7 --variants default "no context"
     python -m benchmarks.streaming circuit --frames 2400 --seeds 5 7 11
-    python -m benchmarks.streaming endurance --frames 10300
+    python -m benchmarks.streaming endurance --frames 12500
     python -m benchmarks.streaming tracking
     python -m benchmarks.streaming query --model da3-small --untrained
     python -m benchmarks.streaming relocalise
@@ -240,54 +240,65 @@ def circuit_loops(options: argparse.Namespace, config: Config, backbone: Backbon
 def endurance(options: argparse.Namespace, config: Config, backbone: Backbone) -> dict[str, Any]:
     """Time, memory and context early and late in a long stream round the same circuit, where the images are the same.
 
-    Time is compared side by side: when the long stream comes to the images of its frame 100 for the last time, a second
-    one that is 100 frames old sees them too, in turn with it, so that whatever else the machine does slows both; one
-    grey level brighter, since the flow of the same images would be remembered. It is the processor time of all threads
-    that work for a stream. Memory is that of the process without the images.
+    Time is compared side by side: in each of the last laps, when the long stream comes to the images of its frame
+    ``age``, another one that is so old sees them too, in turn with it, so that whatever else the machine does slows
+    both; one grey level brighter, since the flow of the same images would be remembered. It is the processor time of
+    all threads that work for a stream, and of several laps, since one window more or less in one is two percent. Memory
+    is that of the process without the images, before the first comparison.
     """
-    late_start = options.frames - options.span
-    lap = next(n for n in range(options.lap, late_start) if (late_start - 100) % n == 0)
+    age, span = options.age, options.span
+    if age + span > options.lap:
+        raise SystemExit(f"--age {age} and --span {span} must fit into a lap of {options.lap} frames")
+    first = options.frames - span - (options.comparisons - 1) * options.lap
+    lap = next((n for n in range(options.lap, first) if (first - age) % n == 0), 0)
+    if not lap:
+        raise SystemExit(f"--frames {options.frames} are too few for {options.comparisons} laps beside a young stream")
+    starts = [first + k * lap for k in range(options.comparisons)]
+    frames = starts[-1] + span
     sequence = circuit(lap, 1.0, (options.width, options.width * 3 // 4), options.seed)
     images = list(sequence.frames())  # rendered before anything is measured
     not_ours = sum(frame.image.nbytes for frame in images)
-    reconstructor = Busy(config, backbone)
-    memory, context = np.zeros(options.frames), np.zeros(options.frames, int)
+    old = Busy(config, backbone)
+    memory, context = np.zeros(first - age), np.zeros(frames, int)
     young: Busy | None = None
-    before = (0.0, 0.0)
+    begun, seconds = np.zeros(2), []
     posed = 0
-    for i in range(options.frames):
+    for i in range(frames):
         frame = replace(images[i % lap], stamp_ns=round(i * 1e8))
-        if i == late_start - 100:
+        if i + age in starts:
             young = Busy(config, backbone)
-        if i == late_start:
-            assert young is not None
-            before = reconstructor.seconds, young.seconds
-        posed += len(reconstructor.push(frame).poses)
-        memory[i] = _resident() - not_ours if young is None else memory[i - 1]
+        if young is not None and i in starts:
+            begun = np.array([old.seconds, young.seconds])
+        posed += len(old.push(frame).poses)
+        if i < len(memory):
+            memory[i] = _resident() - not_ours
         if young is not None:
             young.push(replace(frame, image=cv2.add(frame.image, (1, 1, 1, 0))))
-        context[i] = reconstructor.status()["context_bytes"]
+            if i + 1 - span in starts:
+                seconds.append([old.seconds, young.seconds] - begun)
+                young = None
+        context[i] = old.status()["context_bytes"]
         if i % 1000 == 999:
             print(
-                f"frame {i + 1}: {1e3 * reconstructor.seconds / (i + 1):.1f} ms CPU per frame so far, "
-                f"{memory[i] / 2**20:.0f} MiB, {reconstructor.status()['keyframes']} keyframes", flush=True,
+                f"frame {i + 1}: {1e3 * old.seconds / (i + 1):.1f} ms CPU per frame so far, "
+                f"{memory[min(i, len(memory) - 1)] / 2**20:.0f} MiB, {old.status()['keyframes']} keyframes", flush=True,
             )  # fmt: skip
-    assert young is not None
-    late_seconds, young_seconds = reconstructor.seconds - before[0], young.seconds - before[1]
-    posed += len(reconstructor.finish().poses)
-    early, late = slice(100, 100 + options.span), slice(late_start, None)
-    status = reconstructor.status()
+    posed += len(old.finish().poses)
+    spent = np.array(seconds)
+    early, late = (float(part.mean()) for part in (memory[age : age + span], memory[-span:]))
+    status = old.status()
     return {
-        "frames": options.frames,
+        "frames": frames,
         "lap": lap,
-        "posed": posed / options.frames,
-        "frame_100_ms": 1e3 * young_seconds / options.span,
-        "late_ms": 1e3 * late_seconds / options.span,
-        "time_ratio": late_seconds / young_seconds,
-        "early_mib": float(memory[early].mean()) / 2**20,
-        "late_mib": float(memory[late].mean()) / 2**20,
-        "memory_ratio": float(memory[late].mean() / memory[early].mean()),
-        "context_bytes_early": int(context[100 + options.span]),
+        "posed": posed / frames,
+        "frame_100_ms": 1e3 * float(spent[:, 1].mean()) / span,
+        "late_ms": 1e3 * float(spent[:, 0].mean()) / span,
+        "time_ratio": float(spent[:, 0].sum() / spent[:, 1].sum()),
+        "time_ratios": (spent[:, 0] / spent[:, 1]).tolist(),
+        "early_mib": early / 2**20,
+        "late_mib": late / 2**20,
+        "memory_ratio": late / early,
+        "context_bytes_early": int(context[age + span]),
         "context_bytes_late": int(context[-1]),
         "context_bytes_max": int(context.max()),
         "context_budget": status["context_budget"],
@@ -497,8 +508,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=320)
     parser.add_argument("--seed", type=int, default=5, help="of scene and path")
     parser.add_argument("--seeds", type=int, nargs="*", default=[5, 7, 11], help="circuit, ablation: of the halls")
-    parser.add_argument("--span", type=int, default=300, help="endurance: frames that are averaged")
+    parser.add_argument("--span", type=int, default=700, help="endurance: frames that are averaged")
     parser.add_argument("--lap", type=int, default=900, help="endurance: least frames in a round")
+    parser.add_argument("--age", type=int, default=100, help="endurance: frames that a young stream has seen before")
+    parser.add_argument("--comparisons", type=int, default=3, help="endurance: laps with a young stream beside")
     parser.add_argument("--model", default="nano")
     parser.add_argument("--untrained", action="store_true", help="query: the model without its weights")
     parser.add_argument("--repeats", type=int, default=7, help="query: measurements, of which the median counts")

@@ -10,7 +10,7 @@ from benchmarks import streaming
 PARTS = {
     "ablation": ["--circuit", "24", "--seeds", "5", "6", "--variants", "default"],
     "circuit": ["--frames", "24", "--seeds", "5"],
-    "endurance": ["--frames", "130", "--lap", "20", "--span", "10"],
+    "endurance": ["--frames", "130", "--lap", "20", "--span", "10", "--age", "10"],
     "query": ["--repeats", "2"],
     "relocalise": ["--frames", "40", "--rounds", "0.1"],
 }
@@ -35,6 +35,12 @@ def test_part_runs(part, capsys):
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["part"] == part
     assert last["figures"]
+
+
+@pytest.mark.parametrize("wrong", [["--span", "850"], ["--frames", "2000"]])
+def test_endurance_says_what_does_not_fit(wrong):
+    with pytest.raises(SystemExit, match=wrong[1]):
+        run("endurance", *wrong)
 
 
 def test_tracking_times_frames_and_whole_windows(capsys):
