@@ -242,9 +242,9 @@ def endurance(options: argparse.Namespace, config: Config, backbone: Backbone) -
 
     Time is compared side by side: in each of the last laps, when the long stream comes to the images of its frame
     ``age``, another one that is so old sees them too, in turn with it, so that whatever else the machine does slows
-    both; one grey level brighter, since the flow of the same images would be remembered. It is the processor time of
-    all threads that work for a stream, and of several laps, since one window more or less in one is two percent. Memory
-    is that of the process without the images, before the first comparison.
+    both; one grey level brighter, since the flow of the same images would be remembered. It is processor time: of the
+    thread that frames wait for, and of all threads that work for a stream; of several laps, since one window more or
+    less in one is two percent. Memory is that of the process without the images, before the first comparison.
     """
     age, span = options.age, options.span
     if age + span > options.lap:
@@ -261,7 +261,7 @@ def endurance(options: argparse.Namespace, config: Config, backbone: Backbone) -
     old = Busy(config, backbone)
     memory, context = np.zeros(first - age), np.zeros(frames, int)
     young: Busy | None = None
-    begun, seconds = np.zeros(2), []
+    begun, seconds = np.zeros((2, 2)), []
     posed = 0
     for i in range(frames):
         frame = replace(images[i % lap], stamp_ns=round(i * 1e8))
@@ -280,21 +280,25 @@ def endurance(options: argparse.Namespace, config: Config, backbone: Backbone) -
         context[i] = old.status()["context_bytes"]
         if i % 1000 == 999:
             print(
-                f"frame {i + 1}: {1e3 * old.seconds / (i + 1):.1f} ms CPU per frame so far, "
+                f"frame {i + 1}: {1e3 * old.seconds[1] / (i + 1):.1f} ms CPU per frame so far, "
                 f"{memory[min(i, len(memory) - 1)] / 2**20:.0f} MiB, {old.status()['keyframes']} keyframes", flush=True,
             )  # fmt: skip
     posed += len(old.finish().poses)
-    spent = np.array(seconds)
+    spent = np.array(seconds)  # [comparisons, 2 streams, 2 kinds of time]
+    (old_push, old_all), (young_push, young_all) = 1e3 * spent.mean(axis=0) / span
     early, late = (float(part.mean()) for part in (memory[age : age + span], memory[-span:]))
     status = old.status()
     return {
         "frames": frames,
         "lap": lap,
         "posed": posed / frames,
-        "frame_100_ms": 1e3 * float(spent[:, 1].mean()) / span,
-        "late_ms": 1e3 * float(spent[:, 0].mean()) / span,
-        "time_ratio": float(spent[:, 0].sum() / spent[:, 1].sum()),
-        "time_ratios": (spent[:, 0] / spent[:, 1]).tolist(),
+        "push_young_ms": float(young_push),
+        "push_old_ms": float(old_push),
+        "push_ratio": float(old_push / young_push),
+        "all_threads_young_ms": float(young_all),
+        "all_threads_old_ms": float(old_all),
+        "all_threads_ratio": float(old_all / young_all),
+        "all_threads_ratios": (spent[:, 0, 1] / spent[:, 1, 1]).tolist(),
         "early_mib": early / 2**20,
         "late_mib": late / 2**20,
         "memory_ratio": late / early,
@@ -309,27 +313,31 @@ def endurance(options: argparse.Namespace, config: Config, backbone: Backbone) -
 
 
 class Busy(Reconstructor):
-    """Counts its processor ``seconds``: of ``push``, and of what its threads do beside it, once that is done."""
+    """Counts its processor time: of ``push``, and of what its threads do beside it, once that is done."""
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__(config, backbone)
+        self._pushed: list[float] = []
         self._spent: list[float] = []
         for pool in (self._beside, self._loops._pool):
-            pool.submit = functools.partial(pool.submit, self._counted)  # type: ignore[method-assign]
+            pool.submit = functools.partial(pool.submit, self._counted, self._spent)  # type: ignore[method-assign]
 
     @property
-    def seconds(self) -> float:
-        return sum(self._spent)
+    def seconds(self) -> np.ndarray:
+        """[2] of ``push``, and of all threads."""
+        pushed = sum(self._pushed)
+        return np.array([pushed, pushed + sum(self._spent)])
 
     def push(self, frame: Frame) -> Update:
-        return self._counted(super().push, frame)
+        return self._counted(self._pushed, super().push, frame)
 
-    def _counted(self, call: Callable[..., Any], *arguments: Any) -> Any:
+    @staticmethod
+    def _counted(spent: list[float], call: Callable[..., Any], *arguments: Any) -> Any:
         started = time.thread_time()
         try:
             return call(*arguments)
         finally:
-            self._spent.append(time.thread_time() - started)
+            spent.append(time.thread_time() - started)
 
 
 class Timed(Reconstructor):
