@@ -136,7 +136,7 @@ class LoopCloser:
     DOUBTFUL = 4.0  # sigmas by which a loop may be off what its steps can have gathered, without another that agrees
     LAST_STEPS = 50  # are asked first: what they explain needs no sum of all
     HELD = 20  # of the doubtful, the latest so many may be confirmed
-    TOLERATED = 4.0  # sigmas by which a loop may be off before the graph is solved for it
+    TOLERATED = 3.0  # sigmas by which a loop may be off before the graph is solved for it
     ENOUGH = 24  # loops that were in order before the graph is solved for all of them, or, as it grows,
     SHARE = 1 / 16  # of its edges: a solution takes as long as these are many
 
@@ -148,7 +148,7 @@ class LoopCloser:
         self.num_refused = 0
         self._held: deque[Edge] = deque(maxlen=self.HELD)
         self._unsolved = 0  # loops since the last solution
-        self._urgent = False
+        self._farthest = 0.0  # sigmas by which the worst of them is off
         self._optimise = optimiser()  # here, so that loading it does not hold up the stream at the first loop
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loops")
         self._running: Future[dict[int, np.ndarray]] | None = None
@@ -262,7 +262,7 @@ class LoopCloser:
         self.num_loops += 1
         self._unsolved += 1
         off = np.abs(_whitened(loop, *(keyframes[i].S_map_keyframe for i in _ends(loop)))).max()
-        self._urgent |= bool(off > self.TOLERATED)
+        self._farthest = max(self._farthest, float(off))
         logger.info("loop %d-%d, %.1f sigma off", loop.first, loop.second, off)
 
     @property
@@ -273,20 +273,20 @@ class LoopCloser:
     @property
     def is_due(self) -> bool:
         """Whether the graph should be solved now."""
-        return self.is_unsolved and (self._urgent or self._unsolved >= max(self.ENOUGH, self.SHARE * len(self.edges)))
+        return self.is_unsolved and (self.is_urgent or self._unsolved >= max(self.ENOUGH, self.SHARE * len(self.edges)))
 
     @property
     def is_urgent(self) -> bool:
         """Whether a loop has been taken that keyframes do not agree with yet."""
-        return self._urgent
+        return self._farthest > self.TOLERATED
 
     @property
     def is_running(self) -> bool:
         return self._running is not None
 
     def submit(self, S_map: dict[int, np.ndarray]) -> None:
-        widths = CAUCHY_WIDTHS if self._urgent else CAUCHY_WIDTHS[-1:]  # loops that are in order look like no outliers
-        self._unsolved, self._urgent = 0, False
+        widths = CAUCHY_WIDTHS if self._farthest > self.DOUBTFUL else CAUCHY_WIDTHS[-1:]  # none looks like an outlier
+        self._unsolved, self._farthest = 0, 0.0
         edges = list(self.edges)
         self._running = self._pool.submit(correct, S_map, edges, self.config.max_nodes, self._optimise, widths)
 
