@@ -11,6 +11,7 @@ from spark3r_ros import geometry
 from spark3r_ros.config import LoopConfig
 from spark3r_ros.loops import (
     ANCHOR_STEP,
+    LOOP_TRANSLATION,
     Edge,
     LoopCloser,
     condense,
@@ -328,10 +329,18 @@ def test_loops_that_are_in_order_are_collected_the_longer_the_larger_the_graph(n
     assert closer.is_due
 
 
-def test_a_loop_that_is_off_is_solved_for_at_once():
-    closer, keyframes = remembered([0.0, 0.2], LoopConfig())
+@pytest.mark.parametrize(
+    ("sigmas", "is_due", "widths"), [(2.5, False, [3.0]), (3.5, True, [3.0]), (5, True, [50.0, 3.0])]
+)
+def test_a_loop_that_is_off_is_solved_for_at_once_and_with_a_wide_loss_if_far(sigmas, is_due, widths, monkeypatch):
+    closer, keyframes = remembered([0.0, sigmas * LOOP_TRANSLATION * 2.0], LoopConfig())
     closer._take(loop_edge(0, 1, np.eye(4), 2.0), keyframes)
-    assert closer.is_due
+    assert closer.is_due == is_due
+    monkeypatch.setattr("spark3r_ros.loops.correct", lambda *arguments: arguments[-1])
+    for expected in (widths, [3.0]):  # what has been solved is in order
+        closer.submit({})
+        assert list(closer.collect()) == expected
+        assert not closer.is_due
 
 
 # -- places that are remembered ------------------------------------------------------------------------------------
