@@ -285,7 +285,7 @@ class LoopCloser:
         return self._running is not None
 
     def submit(self, S_map: dict[int, np.ndarray]) -> None:
-        widths = CAUCHY_WIDTHS if self._farthest > self.DOUBTFUL else CAUCHY_WIDTHS[-1:]  # none looks like an outlier
+        widths = CAUCHY_WIDTHS if self.is_urgent else CAUCHY_WIDTHS[-1:]  # in order: none looks like an outlier
         self._unsolved, self._farthest = 0, 0.0
         edges = list(self.edges)
         self._running = self._pool.submit(correct, S_map, edges, self.config.max_nodes, self._optimise, widths)
