@@ -136,7 +136,8 @@ class LoopCloser:
     DOUBTFUL = 4.0  # sigmas by which a loop may be off what its steps can have gathered, without another that agrees
     LAST_STEPS = 50  # are asked first: what they explain needs no sum of all
     HELD = 20  # of the doubtful, the latest so many may be confirmed
-    TOLERATED = 3.0  # sigmas by which a loop may be off before the graph is solved for it
+    TOLERATED = 3.0  # sigmas by which a loop may be off before the graph is solved for it,
+    AGREEING = 4  # or a third of that, by which so many are off on average: drift, not the error of a sight
     ENOUGH = 24  # loops that were in order before the graph is solved for all of them, or, as it grows,
     SHARE = 1 / 16  # of its edges: a solution takes as long as these are many
 
@@ -147,8 +148,7 @@ class LoopCloser:
         self.num_loops = 0
         self.num_refused = 0
         self._held: deque[Edge] = deque(maxlen=self.HELD)
-        self._unsolved = 0  # loops since the last solution
-        self._farthest = 0.0  # sigmas by which the worst of them is off
+        self._unsolved: list[np.ndarray] = []  # [7] sigmas by which the loops since the last solution are off
         self._optimise = optimiser()  # here, so that loading it does not hold up the stream at the first loop
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loops")
         self._running: Future[dict[int, np.ndarray]] | None = None
@@ -260,25 +260,29 @@ class LoopCloser:
     def _take(self, loop: Edge, keyframes: Mapping[int, Keyframe]) -> None:
         self.edges.append(loop)
         self.num_loops += 1
-        self._unsolved += 1
-        off = np.abs(_whitened(loop, *(keyframes[i].S_map_keyframe for i in _ends(loop)))).max()
-        self._farthest = max(self._farthest, float(off))
-        logger.info("loop %d-%d, %.1f sigma off", loop.first, loop.second, off)
+        off = _whitened(loop, *(keyframes[i].S_map_keyframe for i in _ends(loop)))
+        self._unsolved.append(off)
+        logger.info("loop %d-%d, %.1f sigma off", loop.first, loop.second, np.abs(off).max())
 
     @property
     def is_unsolved(self) -> bool:
         """Whether there are loops that no solution knows of, and none is being computed."""
-        return self._running is None and self._unsolved > 0
+        return self._running is None and bool(self._unsolved)
 
     @property
     def is_due(self) -> bool:
         """Whether the graph should be solved now."""
-        return self.is_unsolved and (self.is_urgent or self._unsolved >= max(self.ENOUGH, self.SHARE * len(self.edges)))
+        enough = max(self.ENOUGH, self.SHARE * len(self.edges))
+        return self.is_unsolved and (self.is_urgent or len(self._unsolved) >= enough)
 
     @property
     def is_urgent(self) -> bool:
-        """Whether a loop has been taken that keyframes do not agree with yet."""
-        return self._farthest > self.TOLERATED
+        """Whether loops have been taken that keyframes do not agree with yet."""
+        if not self._unsolved:
+            return False
+        off = np.array(self._unsolved)
+        drifts = len(off) >= self.AGREEING and np.abs(off.mean(axis=0)).max() > self.TOLERATED / 3
+        return bool(drifts or np.abs(off).max() > self.TOLERATED)
 
     @property
     def is_running(self) -> bool:
@@ -286,7 +290,7 @@ class LoopCloser:
 
     def submit(self, S_map: dict[int, np.ndarray]) -> None:
         widths = CAUCHY_WIDTHS if self.is_urgent else CAUCHY_WIDTHS[-1:]  # in order: none looks like an outlier
-        self._unsolved, self._farthest = 0, 0.0
+        self._unsolved.clear()
         edges = list(self.edges)
         self._running = self._pool.submit(correct, S_map, edges, self.config.max_nodes, self._optimise, widths)
 

@@ -341,6 +341,15 @@ def test_a_loop_that_is_off_is_solved_for_at_once_and_with_a_wide_loss_first(sig
         assert not closer.is_due
 
 
+@pytest.mark.parametrize(("sigmas", "is_due"), [([1.2] * 3, False), ([1.2] * 4, True), ([1.2, -1.2] * 6, False)])
+def test_loops_that_are_off_a_little_are_solved_for_when_they_agree(sigmas, is_due):
+    """Each could be the error of a sight; all on one side are drift."""
+    closer, keyframes = remembered([0.0, *(s * LOOP_TRANSLATION * 2.0 for s in sigmas)], LoopConfig())
+    for number in range(1, len(keyframes)):
+        closer._take(loop_edge(0, number, np.eye(4), 2.0), keyframes)
+    assert closer.is_due == is_due
+
+
 # -- places that are remembered ------------------------------------------------------------------------------------
 
 
