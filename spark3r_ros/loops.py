@@ -215,7 +215,7 @@ class LoopCloser:
         if np.linalg.norm(_whitened(loop, *ends)) <= self.DOUBTFUL:  # whatever its steps have gathered
             return True
         off = 0.0
-        for start in (max(loop.first, loop.second - self.LAST_STEPS), loop.first):
+        for start in sorted({max(loop.first, loop.second - self.LAST_STEPS), loop.first}, reverse=True):
             gathered = self._gathered(start, loop.second, keyframes)
             if gathered is None:
                 return True

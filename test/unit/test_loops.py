@@ -181,6 +181,13 @@ def sees(
     return closer.judge(keyframes[number], sighting, keyframes, unconnected_from)
 
 
+@pytest.fixture(params=[1000, 5], ids=["all steps at once", "the last steps first"])
+def last_steps(request, monkeypatch):
+    """What is decided does not depend on how many steps are asked first."""
+    monkeypatch.setattr(LoopCloser, "LAST_STEPS", request.param)
+
+
+@pytest.mark.usefixtures("last_steps")
 def test_a_true_loop_after_drift_is_taken():
     truth, closer, keyframes = revisited(scale_drift=0.0002, rotation_drift=0.0002)
     assert sees(closer, keyframes, 65, 5, geometry.inverse(truth[5]) @ truth[65]) is not None
@@ -198,6 +205,7 @@ def test_what_is_seen_needs_no_path_that_agrees_where_nothing_ties_the_camera_to
     assert (closer.num_loops, closer.num_refused) == (1, 2)
 
 
+@pytest.mark.usefixtures("last_steps")
 def test_a_pattern_that_repeats_moves_nothing_however_many_keyframes_see_it():
     """Steps know within 0.4 where the camera is; a wall's pattern says 1.5 along it, to one keyframe after another."""
     truth, closer, keyframes = revisited(scale_drift=0.0002, rotation_drift=0.0002)
@@ -210,6 +218,7 @@ def test_a_pattern_that_repeats_moves_nothing_however_many_keyframes_see_it():
     assert sees(closer, keyframes, 85, 25, geometry.inverse(truth[25]) @ truth[85]) is not None
 
 
+@pytest.mark.usefixtures("last_steps")
 def test_a_drift_that_steps_do_not_explain_is_believed_when_another_place_confirms_it():
     """A lens that is not as it was said bends the path, always to the same side."""
     truth, closer, keyframes = revisited(scale_drift=0.0002, rotation_drift=0.0015)
@@ -228,6 +237,7 @@ def test_false_loops_of_different_places_do_not_confirm_each_other():
         assert sees(closer, keyframes, 65 + i, 5 + i, false) is None
 
 
+@pytest.mark.usefixtures("last_steps")
 def test_where_the_chain_is_broken_only_the_wide_bounds_hold():
     truth, closer, keyframes = revisited(scale_drift=0.0002, rotation_drift=0.0002)
     closer.edges = [e for e in closer.edges if e.second != 30]
