@@ -35,6 +35,8 @@ _NEIGHBOURS = 5  # nearest points that say whether it has
 _ALIKE = 0.0125  # of the image's width, that its motion may differ from theirs
 _STOP = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 20, 0.02)
 _FORWARD_BACKWARD_PX = 0.8
+_TURNED = 0.03  # by which a patch has been turned or scaled, as a share of its size, before that is undone
+_PLANE_PX = 4.0  # from the homography of most points, to be of them
 _SETTLE_PX = 2.0  # a point that its keyframe patch moves further than this is kept where the chain left it
 _EPIPOLAR_PX = 1.5
 _MIN_MATCHES = 16
@@ -278,7 +280,8 @@ class FeatureTracker:
         _, here, there = np.intersect1d(self._ids, last.ids, assume_unique=True, return_indices=True)
         if len(here) == 0:
             return
-        uv, good = _flow(last.gray, gray, last.uv[there], self._uv[here], _SETTLING_LEVELS)
+        patches, uv0 = _turned(last.gray, last.uv[there], self._uv[here])
+        uv, good = _flow(patches, gray, uv0, self._uv[here], _SETTLING_LEVELS)
         good &= np.linalg.norm(uv - self._uv[here], axis=1) < _SETTLE_PX
         self._uv = self._uv.copy()
         self._uv[here[good]] = uv[good]
@@ -446,6 +449,27 @@ def _claim(here: _Features, keyframe: _Keyframe, matches: np.ndarray) -> LateMat
 def _nearest(uv: np.ndarray, others: np.ndarray, count: int) -> np.ndarray:
     """Rows [N, count] of the others [M, 2] nearest to each of ``uv`` [N, 2]; M >= ``count`` >= 2."""
     return np.asarray(cKDTree(others).query(uv, count)[1])
+
+
+def _turned(image: np.ndarray, uv0: np.ndarray, uv1: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The image as it looks when its points ``uv0`` [N, 2] have come to ``uv1`` [N, 2], and where it shows them then.
+
+    Lucas-Kanade compares patches as they are, and a camera that rolls or comes closer turns and scales them: by the
+    homography that most points agree with. Where that does so by less than ``_TURNED``, or there is none, the image
+    and its points come back as they were.
+    """
+    H = None
+    if len(uv0) >= _MIN_MATCHES:
+        H, _ = cv2.findHomography(uv0, uv1, cv2.RANSAC, _PLANE_PX, maxIters=200)
+    if H is None:
+        return image, uv0
+    height, width = image.shape
+    x, y, w = H @ (width / 2, height / 2, 1.0)
+    linear = (H[:2, :2] - np.outer((x / w, y / w), H[2, :2])) / w
+    if not np.linalg.norm(linear - np.eye(2), 2) > _TURNED:
+        return image, uv0
+    turned = cv2.warpPerspective(image, H, (width, height), borderMode=cv2.BORDER_REPLICATE)
+    return turned, cv2.perspectiveTransform(uv0[:, None], H)[:, 0]
 
 
 def _flow(

@@ -8,7 +8,7 @@ import pytest
 
 from spark3r_ros.config import RefineConfig
 from spark3r_ros.geometry import inverse, make_T, project, so3_exp, transform
-from spark3r_ros.tracks import FeatureTracker, Tracks
+from spark3r_ros.tracks import FeatureTracker, Tracks, _turned
 from training.scenes import Scene, camera_matrix
 from training.textures import texture_bank
 
@@ -201,6 +201,38 @@ def test_a_fast_camera_finds_its_points_again():
     assert np.median(error[visible]) < 0.3
     assert (error[visible] < 1.5).mean() > 0.9
     assert not tracks.late
+
+
+def test_patches_are_turned_as_the_image_was(monkeypatch):
+    """A camera that rolls by 1.5 degrees an image and comes closer."""
+    i = np.arange(9)[:, None]
+    roll = so3_exp(np.radians(1.5) * i * np.array([0.0, 0.0, 1.0]))
+    start = path(1, 0, 0)[0]
+    views = render([start @ T for T in make_T(roll, 0.04 * i * np.array([0.0, 0.0, 1.0]))])
+    tracks = follow(views)
+    monkeypatch.setattr("spark3r_ros.tracks._TURNED", np.inf)
+    as_they_were = follow(views)
+    for frame in (5, 8):
+        error, visible = tracked_errors(views, tracks[0], tracks[frame], frame)
+        before, visible_before = tracked_errors(views, as_they_were[0], as_they_were[frame], frame)
+        assert np.median(error[visible]) < 0.5 * np.median(before[visible_before])
+        assert len(error) >= 0.95 * len(before)
+
+
+def test_what_has_hardly_turned_is_left_as_it_was(walk):
+    uv, gray = follow(walk)[0].uv, walk.gray[0]
+    for H in (np.diag([1.02, 1.02, 1.0]), np.array([[1.0, 0, 30], [0, 1, -20], [0, 0, 1]])):
+        image, there = _turned(gray, uv, cv2.perspectiveTransform(uv[:, None], H)[:, 0])
+        assert image is gray
+        assert there is uv
+    H = np.array([[1.05, 0.0, 3.0], [0.0, 1.05, -4.0], [0.0, 0.0, 1.0]])
+    wanted = cv2.perspectiveTransform(uv[:, None], H)[:, 0]
+    image, there = _turned(gray, uv, wanted)
+    assert np.allclose(there, wanted, atol=1e-3)
+    x, y = np.rint(uv[len(uv) // 2]).astype(int)
+    x1, y1 = np.rint(H[:2] @ (x, y, 1)).astype(int)
+    assert abs(int(image[y1, x1]) - int(gray[y, x])) < 25
+    assert _turned(gray, uv[:9], wanted[:9])[0] is gray  # too few to tell
 
 
 def test_points_found_where_a_pattern_repeats_are_told_by_those_around_them(walk):
