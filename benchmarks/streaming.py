@@ -524,7 +524,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--untrained", action="store_true", help="query: the model without its weights")
     parser.add_argument("--repeats", type=int, default=7, help="query: measurements, of which the median counts")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--set", nargs="*", default=[], metavar="GROUP.FIELD=VALUE")
+    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="GROUP.FIELD=VALUE")
     options = parser.parse_args(arguments)
     options.frames = options.frames or (250 if options.part == "tracking" else 2400)
     torch.set_num_threads(options.threads)
