@@ -143,6 +143,12 @@ class KVContext:
         if num_frames > self._window_frames:
             self._allocate(num_frames)
 
+    def holds(self, num_frames: int) -> bool:
+        """Whether the budget allows a pass over ``num_frames`` frames now: growing needs room beside what is held."""
+        if num_frames <= self._window_frames:
+            return True
+        return self._bytes_for(self._least, num_frames) + self.bytes <= self.budget_bytes
+
     def begin(self, num_frames: int) -> None:
         """Start a pass over ``num_frames`` frames; what the last pass did not commit is forgotten."""
         self.reserve(num_frames)
@@ -269,8 +275,13 @@ class KVContext:
 
     def _num_pages(self, layer: int, frames: int) -> int:
         """Pages of one layer when the fullest layers hold ``frames``; insensitive layers hold a share of them."""
-        share = max(self.spec.num_reference + 1, -(-frames // self.config.insensitive_divisor))
+        share = max(self._least, -(-frames // self.config.insensitive_divisor))
         return frames if layer in self.spec.sensitive else share
+
+    @property
+    def _least(self) -> int:
+        """The fewest pages that a context is worth having for."""
+        return self.spec.num_reference + 1
 
     @property
     def _key_layer(self) -> int:
@@ -297,7 +308,7 @@ class KVContext:
 
     def _allocate(self, window: int) -> None:
         """Buffers for passes of up to ``window`` frames and as many pages as the budget and the configuration allow."""
-        least = self.spec.num_reference + 1
+        least = self._least
         room = self.budget_bytes - self.bytes  # old buffers are still there while their pages move into new ones
         frames = self.config.frames
         while frames > least and self._bytes_for(frames, window) > room:

@@ -720,7 +720,9 @@ class Reconstructor:
         if self._window_is_due:
             found = self._recovering or self._state is TrackingState.LOST
             at_once = self._refiner is None or found or interval_ns >= SLOW_NS
-            if at_once or len(self._window.keyframes) >= MAX_GROWTH * self.config.window.size:
+            size = len(self._window.keyframes)
+            is_largest = size >= MAX_GROWTH * self.config.window.size or not self._solver.can_solve(size + 1)
+            if at_once or is_largest:
                 self._complete()
             if all(job.is_joined for job in self._jobs):
                 self._begin_window(stamp_ns)

@@ -72,6 +72,10 @@ class Solver:
     def has_context(self) -> bool:
         return self.context is not None and not self.context.is_empty
 
+    def can_solve(self, num_keyframes: int) -> bool:
+        """Whether the context's budget holds a window of so many keyframes."""
+        return self.context is None or self.context.holds(num_keyframes)
+
     def reset(self) -> None:
         if self.context is not None:
             self.context.reset()

@@ -219,6 +219,19 @@ def test_growing_stays_inside_the_budget_while_both_buffers_exist():
     assert ids_seen(context.append(0, page(9), page(9), (0,))[0])[:2] == [0, 1]
 
 
+def test_it_says_how_long_a_pass_the_budget_holds():
+    context = make(frames=40, special_frames=0)
+    context.reserve(2)
+    object.__setattr__(context.config, "budget_mb", context.bytes / 2**20)  # taken by what is held
+    assert context.holds(2)
+    assert not context.holds(3)
+    with pytest.raises(ValueError, match="context.budget_mb must be >="):
+        context.begin(3)
+    object.__setattr__(context.config, "budget_mb", 3 * context.bytes / 2**20)
+    assert context.holds(3)
+    context.begin(3)
+
+
 def test_reset_forgets_and_keeps_the_memory():
     context = make()
     run_pass(context, [0, 1])

@@ -23,6 +23,7 @@ from spark3r_ros.frame import CameraModel, Frame, FramePose, TrackingState
 from spark3r_ros.geometry import rotation_angle
 from spark3r_ros.reconstructor import MAX_GROWTH, NEAR_FRAMES, Reconstructor
 from spark3r_ros.refine import PendingWindow
+from spark3r_ros.solver import Solver
 from spark3r_ros.windows import Support
 from training.paths import camera_path
 from training.scenes import Scene, camera_matrix
@@ -267,6 +268,18 @@ def test_a_window_waits_until_the_one_before_has_joined(fast_images, backbone):
     assert max(reconstructor.sizes[1:-1]) > 4
     assert max(reconstructor.sizes) <= MAX_GROWTH * 4
     assert not reconstructor._jobs
+
+    held = reconstructor._solver.context.budget_bytes / 2**20
+    values["context.budget_mb"] = (
+        Solver(
+            with_values(Config(), values), backbone, reconstructor._solver.device, reconstructor._solver.valid
+        ).context.bytes
+        / 2**20
+    )
+    assert values["context.budget_mb"] < held
+    reconstructor = Noted(with_values(Config(), values), backbone)
+    assert len(push_all(reconstructor, as_frames(fast_images))) == len(fast_images)
+    assert max(reconstructor.sizes) == 4  # the context holds no longer pass
 
 
 def test_a_camera_that_begins_to_move_is_soon_placed(images, backbone):
