@@ -2,9 +2,10 @@
 
 Corners are followed from frame to frame by pyramidal Lucas-Kanade, which starts where dense flow between thumbnails
 says, with a check backwards that starts from the flow back; then they are settled on their patch in the last keyframe,
-turned as the image has turned since, so that errors do not add up in between. When too few survive (blur, a jump), matched ORB corners tell where to look for
-the points of the last keyframes. Where frames come slowly baselines are wide: SIFT descriptors find the points again;
-such finds may name points of an earlier keyframe that nobody had asked for, which is what ``Tracks.late`` reports.
+turned as the image has turned since, so that errors do not add up in between. When too few survive (blur, a jump),
+matched ORB corners tell where to look for the points of the last keyframes. Where frames come slowly baselines are
+wide: SIFT descriptors find the points again; such finds may name points of an earlier keyframe that nobody had asked
+for, which is what ``Tracks.late`` reports.
 """
 
 from __future__ import annotations
