@@ -462,9 +462,9 @@ def _turned(image: np.ndarray, uv0: np.ndarray, uv1: np.ndarray) -> tuple[np.nda
     H = None
     if len(uv0) >= _MIN_MATCHES:
         H, _ = cv2.findHomography(uv0, uv1, cv2.RANSAC, _PLANE_PX, maxIters=200)
-    if H is None:
-        return image, uv0
     height, width = image.shape
+    if H is None or H[2] @ (width / 2, height / 2, 1.0) <= 0:  # the image's middle is not seen by such a camera
+        return image, uv0
     x, y, w = H @ (width / 2, height / 2, 1.0)
     linear = (H[:2, :2] - np.outer((x / w, y / w), H[2, :2])) / w
     if not np.linalg.norm(linear - np.eye(2), 2) > _TURNED:
