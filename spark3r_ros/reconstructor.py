@@ -50,7 +50,7 @@ from spark3r_ros.places import Corners, Place, PlaceStore, Sighting, describe, m
 from spark3r_ros.point_map import KeyframePoints, PointMap, keyframe_points, trusted
 from spark3r_ros.preprocess import FrameError, NetworkImage, Preprocessor
 from spark3r_ros.recovery import Watch, find_again, sighted_pose, sparse_view
-from spark3r_ros.refine import DenseView, DepthPrior, RefinedWindow, Refiner, TrackedPose, dense_depth
+from spark3r_ros.refine import DenseView, DepthPrior, RefinedWindow, Refiner, TrackedPose, dense_depth, expected_error
 from spark3r_ros.scale import Measurement, OdometrySource, ScaleFilter, from_depth, from_height, from_model
 from spark3r_ros.solver import Solution, Solver
 from spark3r_ros.tracking import (
@@ -1260,7 +1260,8 @@ def _deepened(dense: DepthMap, view: DenseView, others: Sequence[DenseView]) -> 
 
 def _prior(dense: DepthMap) -> DepthPrior:
     """The network's depth, where it has any confidence."""
-    return DepthPrior(np.where(dense.confidence > 0, dense.depth, np.nan), dense.K)
+    known = dense.confidence > 0
+    return DepthPrior(np.where(known, dense.depth, np.nan), expected_error(dense.confidence), dense.K)
 
 
 def _inlier_confidence(num_inliers: int) -> float:

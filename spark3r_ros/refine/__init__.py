@@ -28,7 +28,16 @@ How the corridor uses it (``tracks.py`` makes the tracks; one Refiner per map, d
 * Same input, same output, bit for bit: no threads of our own, random numbers from fixed seeds.
 """
 
-from spark3r_ros.refine.dense import DenseView, dense_depth
+from spark3r_ros.refine.dense import DenseView, dense_depth, expected_error
 from spark3r_ros.refine.refiner import DepthPrior, PendingWindow, RefinedWindow, Refiner, TrackedPose
 
-__all__ = ["DenseView", "DepthPrior", "PendingWindow", "RefinedWindow", "Refiner", "TrackedPose", "dense_depth"]
+__all__ = [
+    "DenseView",
+    "DepthPrior",
+    "PendingWindow",
+    "RefinedWindow",
+    "Refiner",
+    "TrackedPose",
+    "dense_depth",
+    "expected_error",
+]

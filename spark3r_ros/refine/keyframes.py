@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from scipy.spatial import cKDTree
 
 from spark3r_ros.geometry import inverse
 from spark3r_ros.refine.bundle import Problem, Solution
@@ -14,7 +15,8 @@ from spark3r_ros.refine.landmarks import LandmarkTable, among, first_inverse_dep
 SIGMA_PX = 0.3  # of a track's position; larger ones let the depth priors win: turns come out too small, steps too long
 INSTANT_SIGMA = 0.002  # seconds: the time that a row of an image shows, as blur and shutter leave it open
 FLAT_PRIOR_SIGMA = 3.0  # of an inverse depth about which nothing is known but that of its neighbours in the image
-NETWORK_PRIOR_SIGMA = 1.0  # of an inverse depth from a network: whole surfaces share its errors, nothing averages them
+NETWORK_DOUBT = 4.0  # sigmas of an inverse depth from a network per error that it expects: whole surfaces share errors
+NETWORK_PRIOR_SIGMA = 0.2  # at least
 
 
 def sigma_px(speed: float) -> float:
@@ -32,11 +34,13 @@ class Keyframe:
     sigma_px: float = SIGMA_PX  # of its observations
     T_world_camera: np.ndarray | None = None
     good: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # [N] not found to be an outlier
-    prior_depth: np.ndarray = field(default_factory=lambda: np.zeros(0))  # [N] world scale; NaN where unknown
+    network_depth: np.ndarray = field(default_factory=lambda: np.zeros(0))  # [N] NaN where unknown
+    network_error: np.ndarray = field(default_factory=lambda: np.zeros(0))  # [N] relative, as the network expects it
 
     def __post_init__(self) -> None:
         self.good = np.ones(len(self.ids), bool)
-        self.prior_depth = np.full(len(self.ids), np.nan)
+        self.network_depth = np.full(len(self.ids), np.nan)
+        self.network_error = np.full(len(self.ids), np.nan)
 
     @property
     def uv(self) -> np.ndarray:
@@ -52,7 +56,8 @@ class Keyframe:
         self.uv_read = np.concatenate([self.uv_read, uv_read[fresh]])[order]
         self.shutter = np.concatenate([self.shutter, shutter[fresh]])[order]
         self.good = np.concatenate([self.good, np.ones(count, bool)])[order]
-        self.prior_depth = np.concatenate([self.prior_depth, np.full(count, np.nan)])[order]
+        self.network_depth = np.concatenate([self.network_depth, np.full(count, np.nan)])[order]
+        self.network_error = np.concatenate([self.network_error, np.full(count, np.nan)])[order]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +111,7 @@ def assemble(
     starts = np.searchsorted(point, np.arange(len(unique)))
     anchor = camera[starts]
     where, found = table.find(unique)
-    prior, prior_sigma = inverse_depth_priors(keyframes, T_world_camera, table, anchor, observation[starts], found)
+    prior, prior_sigma = inverse_depth_priors(keyframes, T_world_camera, table, anchor, observation[starts])
     xy = normalised(uv_read - readout * shutter, K)
     noise = np.array([k.sigma_px for k in keyframes])
     information = (noise[anchor] / K[0, 0] / prior / prior_sigma) ** 2
@@ -136,50 +141,45 @@ def assemble(
 
 
 def inverse_depth_priors(
-    keyframes: Sequence[Keyframe],
-    T: np.ndarray,
-    table: LandmarkTable,
-    anchor: np.ndarray,
-    observation: np.ndarray,
-    found: np.ndarray,
+    keyframes: Sequence[Keyframe], T: np.ndarray, table: LandmarkTable, anchor: np.ndarray, observation: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Inverse depth [P] expected at the anchors and its relative sigma [P], no firmer when the image is blurred.
 
-    It comes from a network, or else from neighbours; points that are ``found`` [P] in the table already need no
-    neighbours: theirs is the table's typical depth.
+    It is that of the known points next to it in the image, or a network's times what those are deeper than the network
+    has them: of a network only the shape between neighbours counts, not that of the whole image. A known point is one
+    of its own neighbours, so that nothing pulls it to where others are.
     """
     prior, sigma = np.ones(len(anchor)), np.full(len(anchor), FLAT_PRIOR_SIGMA)
     for k, keyframe in enumerate(keyframes):
         mine = np.flatnonzero(anchor == k)
         if len(mine) == 0:
             continue
-        fresh, old = mine[~found[mine]], mine[found[mine]]
-        uv, known_uv, inverse_depth = keyframe.uv, *_known_inverse_depth(keyframe, T[k], table)
-        prior[old] = np.median(inverse_depth) if len(inverse_depth) else 1.0
-        prior[fresh] = _of_neighbours(uv[observation[fresh]], known_uv, inverse_depth)
-        given = keyframe.prior_depth[observation[mine]]
-        network = np.isfinite(given)
-        prior[mine[network]] = 1.0 / given[network]
-        sigma[mine[network]] = NETWORK_PRIOR_SIGMA
+        known, depth = _known_depths(keyframe, T[k], table)
+        rows, uv = observation[mine], keyframe.uv
+        prior[mine] = 1.0 / _of_neighbours(uv[rows], uv[known], depth)
+        given, ratio = np.isfinite(keyframe.network_depth[rows]), depth / keyframe.network_depth[known]
+        network, told, both = mine[given], rows[given], np.isfinite(ratio)
+        proportion = _of_neighbours(uv[told], uv[known[both]], ratio[both])
+        prior[network] = 1.0 / (keyframe.network_depth[told] * proportion)
+        doubt = NETWORK_DOUBT * keyframe.network_error[told]
+        sigma[network] = np.clip(doubt, NETWORK_PRIOR_SIGMA, FLAT_PRIOR_SIGMA)
         sigma[mine] *= keyframe.sigma_px / SIGMA_PX
     return prior, sigma
 
 
-def _known_inverse_depth(keyframe: Keyframe, T: np.ndarray, table: LandmarkTable) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels [N, 2] and inverse depth [N] of the well-known points that a keyframe sees."""
+def _known_depths(keyframe: Keyframe, T: np.ndarray, table: LandmarkTable) -> tuple[np.ndarray, np.ndarray]:
+    """Rows [N] and depths [N] of the well-known points that a keyframe sees."""
     rows, found = table.find(keyframe.ids)
     found &= table.depth_sigma[rows] < 0.3 if len(table) else False
     depth = (table.xyz[rows[found]] - T[:3, 3]) @ T[:3, 2]
-    return keyframe.uv[found][depth > 0], 1.0 / depth[depth > 0]
+    return np.flatnonzero(found)[depth > 0], depth[depth > 0]
 
 
-def _of_neighbours(uv: np.ndarray, known_uv: np.ndarray, inverse_depth: np.ndarray) -> np.ndarray:
-    """Median inverse depth of the five nearest known points around each pixel [N, 2]; 1 without any."""
+def _of_neighbours(uv: np.ndarray, known_uv: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Median value [N] of the five known points nearest to each pixel [N, 2]; 1 without any."""
     if len(known_uv) < 5:
-        return np.full(len(uv), float(np.median(inverse_depth)) if len(known_uv) else 1.0)
-    distance = (uv[:, :1] - known_uv[:, 0]) ** 2 + (uv[:, 1:] - known_uv[:, 1]) ** 2
-    nearest = np.argpartition(distance, 4, axis=1)[:, :5]
-    return np.median(inverse_depth[nearest], axis=1)
+        return np.full(len(uv), float(np.median(values)) if len(values) else 1.0)
+    return np.asarray(np.median(values[cKDTree(known_uv).query(uv, 5)[1]], axis=1))
 
 
 def write_back(

@@ -53,6 +53,7 @@ class DepthPrior:
     """A network's depth of one keyframe, in the scale of the world."""
 
     depth: np.ndarray  # [h, w] z along the optical axis; not finite or <= 0 where unknown
+    error: np.ndarray  # [h, w] relative, as the network expects it
     K: np.ndarray  # [3, 3] of this depth image, undistorted
 
 
@@ -418,8 +419,7 @@ class Refiner:
         uv = np.concatenate([k.uv[r] for k, r in zip(posed, rows)])[order]
         T = np.stack([k.T_world_camera for k in posed if k.T_world_camera is not None])
         anchor = camera[starts]
-        new = np.zeros(len(anchor), bool)
-        prior, sigma = inverse_depth_priors(posed, T, self._table, anchor, observation[starts], new)
+        prior, sigma = inverse_depth_priors(posed, T, self._table, anchor, observation[starts])
         xy = normalised(uv, self.K)
         noise = np.array([k.sigma_px for k in posed])[anchor] / self.K[0, 0]
         inverse_depth, information = first_inverse_depth(
@@ -433,15 +433,16 @@ class Refiner:
 
     # The network's depth
 
-    def _sample(self, keyframe: Keyframe, prior: DepthPrior) -> np.ndarray:
-        """Depth [N] at the keyframe's tracks; NaN where there is none."""
+    def _sample(self, keyframe: Keyframe, prior: DepthPrior) -> tuple[np.ndarray, np.ndarray]:
+        """Depth and its expected error [N] at the keyframe's tracks; NaN where there is none."""
         uv = normalised(keyframe.uv, self.K) * np.array([prior.K[0, 0], prior.K[1, 1]]) + prior.K[:2, 2]
         height, width = prior.depth.shape
         column, row = np.rint(uv).astype(int).T
         inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-        values = np.full(len(uv), np.nan)
-        values[inside] = prior.depth[row[inside], column[inside]]
-        return np.where(values > 0, values, np.nan)
+        values = np.full((2, len(uv)), np.nan)
+        values[:, inside] = prior.depth[row[inside], column[inside]], prior.error[row[inside], column[inside]]
+        depth, error = np.where(values[0] > 0, values, np.nan)
+        return depth, error
 
     def depth_ratio(self, keyframe_id: int, prior: DepthPrior) -> float | None:
         """Map depth over a network's depth of a keyframe; None when the map does not have it, or has too few points."""
@@ -455,15 +456,14 @@ class Refiner:
             return None
         found &= self._table.depth_sigma[rows] < 0.2
         depth = (self._table.xyz[rows[found]] - T[:3, 3]) @ T[:3, 2]
-        ratio = depth / self._sample(keyframe, prior)[found]
+        ratio = depth / self._sample(keyframe, prior)[0][found]
         ratio = ratio[np.isfinite(ratio) & (ratio > 0)]
         return float(np.median(ratio)) if len(ratio) >= 10 else None
 
     def _take_depths(self, window: list[Keyframe], depths: Mapping[int, DepthPrior]) -> None:
         for keyframe in window:
             if keyframe.id in depths:
-                ratio = self._depth_ratio(keyframe, depths[keyframe.id])
-                keyframe.prior_depth = self._sample(keyframe, depths[keyframe.id]) * (1.0 if ratio is None else ratio)
+                keyframe.network_depth, keyframe.network_error = self._sample(keyframe, depths[keyframe.id])
 
     # Book-keeping
 

@@ -223,7 +223,8 @@ def test_the_same_tracks_give_the_same_bits(walk):
 def test_turns_keep_their_size(step, prior):
     """Regression: depth priors outweighed the tracks, and cameras that turn came out up to 3% short."""
     truth = turning(20, 1.5, step)
-    depths = (lambda i: DepthPrior(np.full((60, 80), 4.0), scaled_camera(80))) if prior == "flat depth" else None
+    flat = DepthPrior(np.full((60, 80), 4.0), np.full((60, 80), 0.2), scaled_camera(80))
+    depths = (lambda i: flat) if prior == "flat depth" else None
     stream = run(around(2500), truth, depths=depths, noise_px=0.2)
     last = max(i for i in range(0, len(truth), EVERY))
     between = (inverse(stream.refiner.pose(0)) @ stream.refiner.pose(last))[:3, :3]
@@ -296,7 +297,7 @@ def depth_image(world: World, T: np.ndarray, factor: float) -> DepthPrior:
     grid = np.stack(np.meshgrid(np.arange(64), np.arange(48)), axis=-1).reshape(-1, 1, 2)
     place = (uv - K[:2, 2]) * (small[0, 0] / K[0, 0]) + small[:2, 2]
     nearest = ((grid - place) ** 2).sum(axis=2).argmin(axis=1)
-    return DepthPrior(factor * z[nearest].reshape(48, 64), small)
+    return DepthPrior(factor * z[nearest].reshape(48, 64), np.full((48, 64), 0.1), small)
 
 
 def test_depths_give_the_scale_and_get_their_own_corrected():
@@ -309,6 +310,18 @@ def test_depths_give_the_scale_and_get_their_own_corrected():
     last = stream.windows[-1]
     for i, scale in zip(last.keyframe_ids, last.depth_scale):
         assert scale * factor[i] == pytest.approx(1.0, rel=0.04)
+
+
+def test_a_network_that_is_sure_outweighs_a_little_parallax_and_one_that_is_not_does_not():
+    world, truth = ahead(300, nearest=2.5), sideways(18, step=0.002)
+
+    def relief(error: float) -> float:
+        flat = DepthPrior(np.full((60, 80), 4.0), np.full((60, 80), error), scaled_camera(80))
+        window = run(world, truth, depths=lambda i: flat, noise_px=0.3).windows[0]
+        z = transform(inverse(window.T_world_camera[0]), window.xyz)[:, 2]
+        return float(np.std(np.log(z[z > 0])))
+
+    assert relief(0.01) < 0.7 * relief(10.0)
 
 
 @pytest.mark.parametrize("factor", [0.8, 1.3])
