@@ -67,11 +67,24 @@ def _guesses(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Names and poses [S, 4, 4], made one at a time."""
     if T_network is not None:
-        yield "network", T_network
+        yield "network", _to_unit_depth(keyframes, T_network, K)
     yield "rotation", rotation_chain(keyframes, K)
     for first, second in _pairs(keyframes):
         for name, T_first_second in _two_view(keyframes[first], keyframes[second], K):
             yield f"{name} {first}-{second}", _chain(keyframes, K, first, second, T_first_second)
+
+
+def _to_unit_depth(keyframes: Sequence[Keyframe], T: np.ndarray, K: np.ndarray) -> np.ndarray:
+    """Poses [S, 4, 4] scaled around the first, so that the median depth is about 1, as the priors expect."""
+    free = np.arange(len(keyframes)) > 0
+    assembled = assemble(keyframes, T, free, LandmarkTable(), K, max_points=_START_POINTS)
+    if assembled is None:
+        return T
+    problem = assembled.problem
+    local = transform(inverse(T[problem.anchor]), problem.xyz[:, None])[:, 0]
+    scaled = T.copy()
+    scaled[:, :3, 3] = T[0, :3, 3] + (T[:, :3, 3] - T[0, :3, 3]) / np.median(local[:, 2])
+    return scaled
 
 
 def _short_adjustment(

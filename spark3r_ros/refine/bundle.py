@@ -42,7 +42,7 @@ class Problem:
     shutter: np.ndarray  # [M, 2] px/s: image velocity, times this row's distance from the middle row in image heights
     sigma_px: np.ndarray  # [M]
     prior_inverse_depth: np.ndarray  # [P] at the anchor
-    prior_sigma: np.ndarray  # [P] relative to the prior's value; inf: no prior
+    prior_sigma: np.ndarray  # [P] of its logarithm; inf: no prior
     focal_sigma: float = 0.0  # prior of log focal around ``focal``; 0: the focal length is fixed
     readout: float = 0.0  # seconds from the first row to the last
     readout_sigma: float = 0.0  # prior of it; 0: fixed
@@ -178,8 +178,9 @@ def _project(frozen: _Frozen, state: _State) -> _Projection:
 
 
 def _prior_residual(frozen: _Frozen, state: _State) -> np.ndarray:
+    """Of the logarithm: in inverse depth itself infinity is near, and a camera that only turns saw its map grow."""
     problem = frozen.problem
-    return (state.abr[:, 2] / problem.prior_inverse_depth - 1.0) / problem.prior_sigma
+    return np.asarray(np.log(state.abr[:, 2] / problem.prior_inverse_depth) / problem.prior_sigma)
 
 
 def _global_priors(frozen: _Frozen, state: _State) -> tuple[np.ndarray, np.ndarray]:
@@ -282,7 +283,7 @@ def _point_information(frozen: _Frozen, state: _State, J_point: np.ndarray) -> n
 def _depth_priors(frozen: _Frozen, state: _State) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Residuals of the priors [P], their derivative by the inverse depth, and their robust weights."""
     prior = _prior_residual(frozen, state)
-    prior_J = 1.0 / (frozen.problem.prior_inverse_depth * frozen.problem.prior_sigma)
+    prior_J = 1.0 / (state.abr[:, 2] * frozen.problem.prior_sigma)
     return prior, prior_J, 1.0 / (1.0 + prior**2)
 
 

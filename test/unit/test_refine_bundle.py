@@ -80,7 +80,7 @@ def solve_by_scipy(problem: Problem, loss_px: float) -> tuple[float, np.ndarray,
         uv = local[:, :2] / local[:, 2:] * problem.focal * np.exp(log_focal) + problem.centre
         error = (uv + readout * problem.shutter - problem.uv) / problem.sigma_px[:, None]
         inverse_depth = 1.0 / np.einsum("pi,pi->p", xyz - anchor[:, :3, 3], anchor[:, :3, 2])
-        prior = (inverse_depth / problem.prior_inverse_depth - 1.0) / problem.prior_sigma
+        prior = np.log(inverse_depth / problem.prior_inverse_depth) / problem.prior_sigma
         parts = [robust(error, loss_px), robust(prior[:, None], 1.0)]
         if problem.focal_sigma > 0:
             parts.append([log_focal / problem.focal_sigma])
@@ -252,12 +252,26 @@ def depth_at_anchor(problem, xyz):
     return np.einsum("pi,pi->p", xyz - anchor[:, :3, 3], anchor[:, :3, 2])
 
 
-def test_a_rotation_without_parallax_is_not_shrunk_by_wrong_priors():
-    T = turning(5, 3.0)
-    problem, _, _ = make_problem(num_points=300, T=T, held=1, noise_px=0.1, prior_sigma=1.0)
-    flat = np.full(len(problem.xyz), 1.0 / 4.0)
-    solution = adjust(replace(problem, prior_inverse_depth=flat), iterations=30)
-    assert rotation_angle(solution.T_world_camera[-1, :3, :3]) == pytest.approx(np.radians(12.0), rel=0.003)
+@pytest.mark.parametrize("sigma", [1.0, 3.0])
+def test_a_rotation_without_parallax_is_not_shrunk_by_wrong_priors(sigma):
+    T, wrong = turning(5, 3.0), []
+    for seed in range(6):
+        problem, _, _ = make_problem(seed, num_points=300, T=T, held=1, noise_px=0.1, prior_sigma=sigma)
+        flat = np.full(len(problem.xyz), 1.0 / 4.0)
+        solution = adjust(replace(problem, prior_inverse_depth=flat), iterations=30)
+        wrong.append(rotation_angle(solution.T_world_camera[-1, :3, :3]) / np.radians(12.0) - 1)
+    assert abs(np.mean(wrong)) < 0.005
+    assert np.abs(wrong).max() < 0.01
+
+
+def test_depth_is_held_as_much_from_growing_as_from_shrinking():
+    """Regression: infinity was one sigma away, and the map of a camera that only turns grew a thousandfold."""
+    problem, _, xyz = make_problem(num_points=60, T=turning(4, 4.0), held=4, prior_sigma=1.0)
+    problem = replace(problem, prior_inverse_depth=1.0 / depth_at_anchor(problem, xyz))
+    cost = {factor: adjust(replace(problem, xyz=factor * xyz), iterations=0).cost for factor in (0.1, 1.0, 10.0)}
+    assert cost[10.0] == pytest.approx(cost[0.1])
+    total = (cost[10.0] - cost[1.0]) * len(problem.uv)
+    assert total == pytest.approx(len(xyz) * np.log1p(np.log(10) ** 2))
 
 
 def test_sigma_of_depth_is_that_of_a_stereo_pair():
