@@ -3,6 +3,7 @@
     python -m benchmarks.accuracy --sequences ../shared/data/* --scenes 6
     python -m benchmarks.accuracy --sequences ../shared/data/* --scenes 0 --unknown-camera      # without K
     python -m benchmarks.accuracy --scenes 0 --slow 24 --methods "nano + refine"                # wide baselines
+    python -m benchmarks.accuracy --sequences ../shared/data/* --scenes 0 --noise 1             # what is chance
 
 Methods: ``identity`` (the camera never moves) and ``straight line`` (from the true first to the true last position at
 even speed, no rotation) are controls; ``refine alone`` runs the corridor without any network (flat depth of no
@@ -132,6 +133,18 @@ def slow(index: int) -> Recording:
     """Sixteen frames at 1 Hz, 8 degrees and 0.27 m a step: wide baselines."""
     seed = FIRST_SEED + 1000 + index
     return rendered(f"slow {index}", Scene(seed, "room"), camera_path("orbit", 45, seed)[:16], 1e9, 62)
+
+
+def noisy(recording: Recording, seed: int) -> Recording:
+    """The same with noise of one grey level: figures that change with it are chance."""
+
+    def frames() -> Iterable[Frame]:
+        rng = np.random.default_rng(seed)
+        for frame in recording.frames():
+            noise = np.rint(rng.normal(0, 1, frame.image.shape))
+            yield replace(frame, image=np.clip(frame.image + noise, 0, 255).astype(np.uint8))
+
+    return replace(recording, frames=frames)
 
 
 def rendered(name: str, scene: Scene, poses: np.ndarray, interval_ns: float, fov: float) -> Recording:
@@ -325,6 +338,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=6, help="held-out scenes")
     parser.add_argument("--frames", type=int, default=120, help="of each scene")
     parser.add_argument("--slow", type=int, default=0, help="rendered streams of 16 frames at 1 Hz")
+    parser.add_argument("--noise", type=int, default=0, metavar="SEED", help="one grey level of it (default: none)")
     parser.add_argument("--unknown-camera", action="store_true", help="hide intrinsics and distortion")
     parser.add_argument("--weights", type=Path, help="of nano: safetensors or a training checkpoint; default: shipped")
     parser.add_argument("--methods", nargs="*", help="only these (default: all)")
@@ -339,7 +353,8 @@ def main() -> None:
     results: dict[str, dict[str, dict[str, Any]]] = {}
     plotted = {}
     recordings += [held_out(i, arguments.frames) for i in range(arguments.scenes)]
-    for recording in recordings + [slow(i) for i in range(arguments.slow)]:
+    recordings += [slow(i) for i in range(arguments.slow)]
+    for recording in [noisy(r, arguments.noise) for r in recordings] if arguments.noise else recordings:
         runs = {}
         for name, (setting, backbone) in methods(config, nano).items():
             if not arguments.methods or name in arguments.methods:

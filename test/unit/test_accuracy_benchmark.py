@@ -24,3 +24,16 @@ def test_held_out_scenes_differ_and_repeat():
     one, two, again = (accuracy.held_out(i, 12).T_world_camera for i in (0, 1, 0))
     assert not np.allclose(one, two)
     np.testing.assert_array_equal(one, again)
+
+
+def test_noise_is_one_grey_level_and_repeats():
+    plain = accuracy.slow(3)
+    (clean,), (one,), (again,), (other,) = (
+        itertools.islice(stream.frames(), 1)
+        for stream in (plain, accuracy.noisy(plain, 1), accuracy.noisy(plain, 1), accuracy.noisy(plain, 2))
+    )
+    np.testing.assert_array_equal(one.image, again.image)
+    assert (one.image != other.image).any()
+    assert one.stamp_ns == clean.stamp_ns
+    inner = (clean.image > 5) & (clean.image < 250)
+    assert 0.95 < np.std((one.image.astype(int) - clean.image)[inner]) < 1.1
