@@ -15,8 +15,8 @@ from spark3r_ros.refine.landmarks import LandmarkTable, among, first_inverse_dep
 SIGMA_PX = 0.3  # of a track's position; larger ones let the depth priors win: turns come out too small, steps too long
 INSTANT_SIGMA = 0.002  # seconds: the time that a row of an image shows, as blur and shutter leave it open
 FLAT_PRIOR_SIGMA = 3.0  # of an inverse depth about which nothing is known but that of its neighbours in the image
-NETWORK_DOUBT = 4.0  # sigmas of an inverse depth from a network per error that it expects: whole surfaces share errors
-NETWORK_PRIOR_SIGMA = 0.2  # at least
+NETWORK_SIGMA = 4.0  # of an inverse depth from a network, in errors that it expects: whole surfaces share these
+FIRMEST_SIGMA = 0.2  # that it can have
 
 
 def sigma_px(speed: float) -> float:
@@ -161,8 +161,8 @@ def inverse_depth_priors(
         network, told, both = mine[given], rows[given], np.isfinite(ratio)
         proportion = _of_neighbours(uv[told], uv[known[both]], ratio[both])
         prior[network] = 1.0 / (keyframe.network_depth[told] * proportion)
-        doubt = NETWORK_DOUBT * keyframe.network_error[told]
-        sigma[network] = np.clip(doubt, NETWORK_PRIOR_SIGMA, FLAT_PRIOR_SIGMA)
+        doubt = NETWORK_SIGMA * keyframe.network_error[told]
+        sigma[network] = np.clip(doubt, FIRMEST_SIGMA, FLAT_PRIOR_SIGMA)
         sigma[mine] *= keyframe.sigma_px / SIGMA_PX
     return prior, sigma
 

@@ -5,8 +5,8 @@ import pytest
 
 from spark3r_ros.refine.keyframes import (
     FLAT_PRIOR_SIGMA,
-    NETWORK_DOUBT,
-    NETWORK_PRIOR_SIGMA,
+    NETWORK_SIGMA,
+    FIRMEST_SIGMA,
     SIGMA_PX,
     Keyframe,
     inverse_depth_priors,
@@ -58,7 +58,7 @@ def test_of_a_network_the_shape_between_neighbours_counts():
     rows = np.arange(0, len(depth), 2)
     expected, sigma = priors(keyframe, known(keyframe, depth, rows))
     np.testing.assert_allclose(expected, depth)
-    np.testing.assert_allclose(sigma, NETWORK_DOUBT * 0.1)
+    np.testing.assert_allclose(sigma, NETWORK_SIGMA * 0.1)
 
 
 def test_where_nothing_is_known_the_network_is_taken_at_its_word():
@@ -76,7 +76,7 @@ def test_without_network_and_neighbours_it_is_one():
 
 @pytest.mark.parametrize(
     ("error", "sigma"),
-    [(0.001, NETWORK_PRIOR_SIGMA), (0.2, NETWORK_DOUBT * 0.2), (5.0, FLAT_PRIOR_SIGMA)],
+    [(0.001, FIRMEST_SIGMA), (0.2, NETWORK_SIGMA * 0.2), (5.0, FLAT_PRIOR_SIGMA)],
 )
 def test_a_network_is_believed_as_much_as_it_believes_itself(error, sigma):
     keyframe, depth = two_walls()
@@ -93,4 +93,4 @@ def test_points_that_were_recognised_later_have_no_network():
     expected, sigma = priors(keyframe, known(keyframe, depth, np.arange(len(depth))))
     np.testing.assert_allclose(expected[-2:], [NEAR, FAR])
     np.testing.assert_array_equal(sigma[-2:], FLAT_PRIOR_SIGMA)
-    np.testing.assert_allclose(sigma[:-2], NETWORK_DOUBT * 0.1)
+    np.testing.assert_allclose(sigma[:-2], NETWORK_SIGMA * 0.1)
