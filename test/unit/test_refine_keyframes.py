@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from spark3r_ros.refine.keyframes import (
+    FIRMEST_SIGMA,
     FLAT_PRIOR_SIGMA,
     NETWORK_SIGMA,
-    FIRMEST_SIGMA,
     SIGMA_PX,
     Keyframe,
     inverse_depth_priors,
