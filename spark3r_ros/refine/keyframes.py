@@ -16,7 +16,7 @@ SIGMA_PX = 0.3  # of a track's position; larger ones let the depth priors win: t
 INSTANT_SIGMA = 0.002  # seconds: the time that a row of an image shows, as blur and shutter leave it open
 FLAT_PRIOR_SIGMA = 3.0  # of an inverse depth about which nothing is known but that of its neighbours in the image
 NETWORK_SIGMA = 4.0  # of an inverse depth from a network, in errors that it expects: whole surfaces share these
-FIRMEST_SIGMA = 0.2  # that it can have
+FIRMEST_SIGMA = 0.2  # and however sure it is, no less
 
 
 def sigma_px(speed: float) -> float:
@@ -34,7 +34,7 @@ class Keyframe:
     sigma_px: float = SIGMA_PX  # of its observations
     T_world_camera: np.ndarray | None = None
     good: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # [N] not found to be an outlier
-    network_depth: np.ndarray = field(default_factory=lambda: np.zeros(0))  # [N] NaN where unknown
+    network_depth: np.ndarray = field(default_factory=lambda: np.zeros(0))  # [N] about world scale; NaN where unknown
     network_error: np.ndarray = field(default_factory=lambda: np.zeros(0))  # [N] relative, as the network expects it
 
     def __post_init__(self) -> None:
@@ -143,11 +143,11 @@ def assemble(
 def inverse_depth_priors(
     keyframes: Sequence[Keyframe], T: np.ndarray, table: LandmarkTable, anchor: np.ndarray, observation: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Inverse depth [P] expected at the anchors and its relative sigma [P], no firmer when the image is blurred.
+    """Inverse depth [P] expected at the anchors, and sigma [P] of its logarithm, no firmer when the image is blurred.
 
     It is that of the known points next to it in the image, or a network's times what those are deeper than the network
     has them: of a network only the shape between neighbours counts, not that of the whole image. A known point is one
-    of its own neighbours, so that nothing pulls it to where others are.
+    of its own neighbours, so that the rest of the image does not pull at it.
     """
     prior, sigma = np.ones(len(anchor)), np.full(len(anchor), FLAT_PRIOR_SIGMA)
     for k, keyframe in enumerate(keyframes):
@@ -161,8 +161,7 @@ def inverse_depth_priors(
         network, told, both = mine[given], rows[given], np.isfinite(ratio)
         proportion = _of_neighbours(uv[told], uv[known[both]], ratio[both])
         prior[network] = 1.0 / (keyframe.network_depth[told] * proportion)
-        doubt = NETWORK_SIGMA * keyframe.network_error[told]
-        sigma[network] = np.clip(doubt, FIRMEST_SIGMA, FLAT_PRIOR_SIGMA)
+        sigma[network] = np.clip(NETWORK_SIGMA * keyframe.network_error[told], FIRMEST_SIGMA, FLAT_PRIOR_SIGMA)
         sigma[mine] *= keyframe.sigma_px / SIGMA_PX
     return prior, sigma
 

@@ -66,9 +66,13 @@ def test_a_good_network_is_not_worse_than_no_network():
     assert position_error(start.T_world_camera, truth) < 0.02
 
 
-def test_the_network_is_chosen_where_two_views_have_too_few_tracks():
+@pytest.mark.parametrize("unit", [0.2, 1.0, 3.0])
+def test_the_network_is_chosen_where_two_views_have_too_few_tracks(unit):
+    """Whatever its unit of length: priors expect a depth of one."""
     world, truth = ahead(28), sideways(FRAMES, 0.3, 4.0)
-    start = best_start(keyframes(world, truth), K, truth, 0.0)
+    network = truth.copy()
+    network[:, :3, 3] *= unit
+    start = best_start(keyframes(world, truth), K, network, 0.0)
     assert start.name == "network"
     assert position_error(start.T_world_camera, truth) < 0.05
 

@@ -252,15 +252,15 @@ def depth_at_anchor(problem, xyz):
     return np.einsum("pi,pi->p", xyz - anchor[:, :3, 3], anchor[:, :3, 2])
 
 
-@pytest.mark.parametrize("sigma", [1.0, 3.0])
-def test_a_rotation_without_parallax_is_not_shrunk_by_wrong_priors(sigma):
+@pytest.mark.parametrize(("sigma", "bias"), [(1.0, 0.005), (3.0, 0.002)])
+def test_a_rotation_without_parallax_is_not_shrunk_by_wrong_priors(sigma, bias):
     T, wrong = turning(5, 3.0), []
     for seed in range(6):
         problem, _, _ = make_problem(seed, num_points=300, T=T, held=1, noise_px=0.1, prior_sigma=sigma)
         flat = np.full(len(problem.xyz), 1.0 / 4.0)
         solution = adjust(replace(problem, prior_inverse_depth=flat), iterations=30)
         wrong.append(rotation_angle(solution.T_world_camera[-1, :3, :3]) / np.radians(12.0) - 1)
-    assert abs(np.mean(wrong)) < 0.005
+    assert abs(np.mean(wrong)) < bias
     assert np.abs(wrong).max() < 0.01
 
 
