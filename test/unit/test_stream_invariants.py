@@ -249,35 +249,45 @@ def test_hasty_keyframes_may_be_allowed(fast_images, backbone):
     assert not any(isinstance(view, Support) for view in reconstructor._sparse.values())
 
 
+class Noted(Reconstructor):
+    """How many keyframes each window had; none begins before the one before has joined."""
+
+    def reset(self):
+        super().reset()
+        self.sizes = []
+
+    def _begin_window(self, stamp_ns):
+        assert all(job.is_joined for job in self._jobs)
+        self.sizes.append(len(self._window.keyframes))
+        super()._begin_window(stamp_ns)
+
+
+SMALL_WINDOWS = {
+    "window.keyframe_flow": 0.02,
+    "window.min_keyframe_interval": 0.0,
+    "window.size": 4,
+    "window.overlap": 2,
+}
+
+
 def test_a_window_waits_until_the_one_before_has_joined(fast_images, backbone):
     """It grows meanwhile, up to a bound, and the frame that completes it is not held up."""
-
-    class Noted(Reconstructor):
-        def reset(self):
-            super().reset()
-            self.sizes = []
-
-        def _begin_window(self, stamp_ns):
-            assert all(job.is_joined for job in self._jobs)
-            self.sizes.append(len(self._window.keyframes))
-            super()._begin_window(stamp_ns)
-
-    values = {"window.keyframe_flow": 0.02, "window.min_keyframe_interval": 0.0, "window.size": 4, "window.overlap": 2}
-    reconstructor = Noted(with_values(Config(), values), backbone)
+    reconstructor = Noted(with_values(Config(), SMALL_WINDOWS), backbone)
     push_all(reconstructor, as_frames(fast_images))
     assert max(reconstructor.sizes[1:-1]) > 4
     assert max(reconstructor.sizes) <= MAX_GROWTH * 4
     assert not reconstructor._jobs
 
-    values["context.budget_mb"] = (
-        Solver(
-            with_values(Config(), values), backbone, reconstructor._solver.device, reconstructor._solver.valid
-        ).context.bytes
-        / 2**20
-    )
-    reconstructor = Noted(with_values(Config(), values), backbone)
+
+def test_a_window_that_waits_grows_no_further_than_the_context_holds(fast_images, backbone):
+    """Regression: a budget that binds ended the stream with an error."""
+    config = with_values(Config(), SMALL_WINDOWS)
+    first = Reconstructor(config, backbone)
+    push_all(first, as_frames(fast_images[:1]))
+    least = Solver(config, backbone, first._solver.device, first._solver.valid).context.bytes
+    reconstructor = Noted(with_values(config, {"context.budget_mb": least / 2**20}), backbone)
     assert len(push_all(reconstructor, as_frames(fast_images))) == len(fast_images)
-    assert max(reconstructor.sizes) == 4  # the context holds no longer pass
+    assert max(reconstructor.sizes) == 4
 
 
 def test_a_camera_that_begins_to_move_is_soon_placed(images, backbone):
